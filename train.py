@@ -1,0 +1,289 @@
+"""INPO: erase a concept from a text-to-image model by a LoRA trained on its images as negative preferences.
+
+    python train.py --model emoji-flux --concept cat                       # a laptop CPU, minutes
+    python train.py --concept pikachu --eta 1 --gamma 3 --tau 0.1          # FLUX.1-dev, Table 6's settings
+
+Algorithm 1, from sampling both image sets to the LoRA. Killed, it goes on from its last checkpoint. It leaves in --out:
+pytorch_lora_weights.safetensors, curves.png, before_after.png, log.csv, args.json. Deviations from the paper are
+named where they happen: one (t, eps) a sample and step, shared by theta and ref; mean-reduced scores.
+"""
+import argparse
+import json
+import math
+from pathlib import Path
+
+from mask import mask_flags
+from sample import model_flags, number, sampling_flags
+
+# Table 6; lr 0.7 means Prodigy's, AdamW has its own default below
+TABLE6 = dict(object=dict(steps=300, eta=1.0, gamma=3.0, tau=0.1, lambda_prior=0.6),
+              ip=dict(steps=300, eta=1.0, gamma=3.0, tau=0.1, lambda_prior=0.6),
+              style=dict(steps=400, eta=3.0, gamma=3.0, tau=0.1, lambda_prior=0.6),
+              nsfw=dict(steps=500, eta=1.0, gamma=3.0, tau=0.1, lambda_prior=0.6))
+
+
+def arguments(given=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    model_flags(parser)
+    method = parser.add_argument_group("method (default: Table 6, by the concept's task)")
+    method.add_argument("--eta", type=number(), help="forget strength, Eq. 13")
+    method.add_argument("--gamma", type=number(), help="sharpness of the gate, Eq. 14")
+    method.add_argument("--tau", type=number(least=-math.inf, finite=False), help="margin of the gate; inf: no gate")
+    method.add_argument("--beta", type=number(), default=1.0, help="Eq. 15, independent of eta (default 1)")
+    method.add_argument("--lambda-prior", type=number(least=-1e-12), help="weight of Eq. 16")
+    method.add_argument("--loss", choices=["inpo", "ga"], default="inpo", help="ga: gradient ascent, Eq. 4")
+    method.add_argument("--mask", choices=["concept", "full"], default="concept", help="full: M = 1 (Table 4)")
+    method.add_argument("--detach-gate", action="store_true", help="do not differentiate through alpha")
+    recipe = parser.add_argument_group("training")
+    recipe.add_argument("--steps", type=number(int, 1), help="T (Table 6)")
+    recipe.add_argument("--optimizer", choices=["prodigy", "adamw"], default="prodigy", help="default prodigy")
+    recipe.add_argument("--lr", type=number(), help="default: 0.7 with prodigy (Table 6), 1e-3 with adamw")
+    recipe.add_argument("--d0", type=number(), default=1e-6, help="Prodigy's first step size (default 1e-6)")
+    recipe.add_argument("--rank", type=number(int, 1), default=4, help="of the LoRA, alpha = rank (C.1: 4)")
+    recipe.add_argument("--batch", type=number(int, 1), default=4, help="forget images a step, and as many others")
+    recipe.add_argument("--accumulate", type=number(int, 1), default=1, help="split a step's batch into N passes")
+    recipe.add_argument("--guidance", type=number(least=-1e-12), default=3.5, help="guidance in training (default 3.5)")
+    recipe.add_argument("--noise", choices=["uniform", "logit-normal"], default="uniform", help="of sigma")
+    sampling_flags(parser.add_argument_group("step 1 of Algorithm 1"))
+    mask_flags(parser.add_argument_group("masks"))
+    output = parser.add_argument_group("output")
+    output.add_argument("--out", type=Path, help="default out/MODEL-CONCEPT, with -SEED where it is not 0")
+    output.add_argument("--save-every", type=number(int, 1), help="keep the LoRA of every N-th step (Figure 1)")
+    output.add_argument("--checkpoint-every", type=number(int, 1), default=50, help="default 50")
+    return parser.parse_args(given)
+
+
+ARGS = arguments() if __name__ == "__main__" else None  # before the slow imports, so that --help answers at once
+
+import contextlib  # noqa: E402
+import csv  # noqa: E402
+import os  # noqa: E402
+import time  # noqa: E402
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from diffusers import FluxPipeline  # noqa: E402
+from diffusers.training_utils import cast_training_params  # noqa: E402
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict  # noqa: E402
+from prodigyopt import Prodigy  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from inpo import add_noise, gate, gradient_ascent, inpo_loss, mask_to_latents, prior_loss, score  # noqa: E402
+from mask import make_masks  # noqa: E402
+from sample import (check_settings, contact_sheet, die, encode_prompts, generate, guarded, load_denoiser,  # noqa: E402
+                    open_image, sample_all, seed_of, setup)
+
+# B samples, L tokens, D channels a token (2 x 2 latent cells x C), T text tokens, E their width, P pooled width
+LORA_TARGETS = ("attn.to_k attn.to_q attn.to_v attn.to_out.0 attn.add_k_proj attn.add_q_proj attn.add_v_proj "
+                "attn.to_add_out ff.net.0.proj ff.net.2 ff_context.net.0.proj ff_context.net.2").split()
+
+
+@contextlib.contextmanager
+def reference(transformer):
+    """The frozen reference model: the same network, adapters off, no gradient. They are back on after an error."""
+    transformer.disable_adapters()
+    try:
+        with torch.no_grad():
+            yield transformer
+    finally:
+        transformer.enable_adapters()
+
+
+def predict(transformer, z, sigma, states, pooled, guidance):
+    """Velocity (B, L, D) of packed latents z (B, L, D) at sigma (B,), given states (B, T, E) and pooled (B, P)."""
+    side = int(z.shape[1] ** 0.5)
+    image_ids = FluxPipeline._prepare_latent_image_ids(1, side, side, z.device, z.dtype)  # (L, 3)
+    text_ids = torch.zeros(states.shape[1], 3, device=z.device, dtype=z.dtype)  # (T, 3)
+    scale = torch.full_like(sigma, guidance) if transformer.config.guidance_embeds else None  # (B,)
+    dtype = states.dtype
+    return transformer(hidden_states=z.to(dtype), timestep=sigma.to(dtype), guidance=scale, pooled_projections=pooled,
+                       encoder_hidden_states=states, txt_ids=text_ids, img_ids=image_ids, return_dict=False)[0]
+
+
+def iteration(transformer, x, mask, states, pooled, sigma, eps, args):
+    """Algorithm 1, lines 3 to 5: one batch up to its loss.
+
+    The first half of each tensor belongs to D_ES, the second to D_PR: x, eps (2B, L, D), sigma (2B,), states
+    (2B, T, E), pooled (2B, P); mask (B, L, D) for the first. -> loss (scalar), detached diagnostics (B,) each.
+    """
+    half = len(mask)
+    z = add_noise(x, eps, sigma)  # (2B, L, D)
+    with reference(transformer):  # first: with checkpointing, a backward needs the adapters as they were
+        v_ref = predict(transformer, z, sigma, states, pooled, args.guidance)  # (2B, L, D)
+    v = predict(transformer, z, sigma, states, pooled, args.guidance)  # (2B, L, D)
+    target = eps - x  # (2B, L, D)
+    S = score(v[:half], target[:half], mask)  # (B,)
+    S_ref = score(v_ref[:half], target[:half], mask)  # (B,)
+    dS = S - S_ref  # (B,)
+    alpha = gate(dS.detach(), args.gamma, args.tau)  # (B,), for the log; inpo_loss computes its own
+    if args.loss == "ga":
+        forget = gradient_ascent(S)  # (B,)
+    else:
+        forget = inpo_loss(dS, args.eta, args.gamma, args.tau, args.beta, detach_gate=args.detach_gate)  # (B,)
+    prior = prior_loss(v[half:], v_ref[half:])  # (B,)
+    loss = forget.mean() + args.lambda_prior * prior.mean()
+    return loss, dict(S=S.detach(), S_ref=S_ref, dS=dS.detach(), alpha=alpha, prior=prior.detach())
+
+
+def encode_images(pipe, sets, masks, embeds):
+    """[(path, prompt)] -> packed latents x (N, L, D) and the text tensors of each; masks likewise, or None."""
+    vae, xs, ms = pipe.vae, [], []
+    for path, _ in tqdm(sets, desc="encode images"):
+        image = pipe.image_processor.preprocess(open_image(path)).to(vae.device, vae.dtype)  # (1, 3, H, W)
+        with torch.no_grad():
+            x = vae.encode(image).latent_dist.mode().float()
+        x = (x - vae.config.shift_factor) * vae.config.scaling_factor  # (1, C, h, w)
+        _, c, h, w = x.shape
+        xs.append(FluxPipeline._pack_latents(x, 1, c, h, w))
+        if masks:
+            m = torch.from_numpy(np.asarray(open_image(masks[path])) > 127)[None, None]  # (1, 1, H, W)
+            m = mask_to_latents(m, h, w).expand(1, c, h, w).float()
+            ms.append(FluxPipeline._pack_latents(m, 1, c, h, w))  # the same cells as the latents
+    states, pooled = (torch.stack([embeds[p][k] for _, p in sets]) for k in (0, 1))
+    return torch.cat(xs), torch.cat(ms) if masks else None, states, pooled
+
+
+def batch_of(step, forget, preserve, args, device):
+    """The step's data, a function of (seed, step) alone: a resumed run sees what an uninterrupted one would."""
+    rng = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
+    i = torch.randperm(len(forget[0]), generator=rng)[:args.batch]
+    j = torch.randperm(len(preserve[0]), generator=rng)[:args.batch]
+    count = len(i) + len(j)
+    x = torch.cat([forget[0][i], preserve[0][j]])  # (2B, L, D)
+    eps = torch.randn(x.shape, generator=rng)  # eps ~ N(0, 1)
+    u = torch.rand(count, generator=rng) if args.noise == "uniform" else torch.randn(count, generator=rng).sigmoid()
+    mask = forget[1][i]  # (B, L, D)
+    states, pooled = (torch.cat([forget[k][i], preserve[k][j]]) for k in (2, 3))
+    parts = []
+    for k in range(args.accumulate):  # the gate is per sample: a split batch has the same gradient
+        rows = torch.cat([torch.arange(len(i))[k::args.accumulate], len(i) + torch.arange(len(j))[k::args.accumulate]])
+        part = x[rows], mask[k::args.accumulate], states[rows], pooled[rows], u[rows], eps[rows]
+        parts.append([t.to(device) for t in part])
+    return parts
+
+
+def save_lora(transformer, folder):
+    """pytorch_lora_weights.safetensors as FluxPipeline.load_lora_weights reads it; whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    FluxPipeline.save_lora_weights(folder, get_peft_model_state_dict(transformer), weight_name="half.safetensors")
+    os.replace(folder / "half.safetensors", folder / "pytorch_lora_weights.safetensors")
+
+
+def train(transformer, forget, preserve, args):
+    """The loop. LoRA and optimiser state go to checkpoint.pt, one row a step to log.csv."""
+    torch.manual_seed(args.seed)
+    transformer.add_adapter(LoraConfig(r=args.rank, lora_alpha=args.rank, init_lora_weights="gaussian",
+                                       target_modules=LORA_TARGETS))
+    cast_training_params(transformer, torch.float32)  # a bf16 LoRA ends far worse
+    params = [p for p in transformer.parameters() if p.requires_grad]
+    if args.optimizer == "prodigy":
+        optimizer = Prodigy(params, lr=args.lr, betas=(0.9, 0.999), weight_decay=1e-4, decouple=True, d0=args.d0,
+                            use_bias_correction=True, safeguard_warmup=True)
+    else:
+        optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=1e-4)
+    checkpoint, log, start = args.out / "checkpoint.pt", args.out / "log.csv", 0
+    rows = []
+    if checkpoint.exists():
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        set_peft_model_state_dict(transformer, state["lora"])
+        optimizer.load_state_dict(state["optimizer"])
+        start, rows = state["step"], state["rows"]
+    bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc="train")
+    for step in bar:
+        tick = time.perf_counter()
+        seen = []
+        for x, mask, states, pooled, sigma, eps in batch_of(step, forget, preserve, args, transformer.device):
+            loss, info = iteration(transformer, x, mask, states, pooled, sigma, eps, args)
+            (loss / args.accumulate).backward()
+            seen.append(info | dict(loss=loss.detach()[None], sigma=sigma[:len(mask)]))
+        info = {k: torch.cat([s[k] for s in seen]).float().cpu() for k in seen[0]}
+        norm = torch.nn.utils.get_total_norm([p.grad for p in params])
+        if not math.isfinite(info["loss"].mean()) or not math.isfinite(norm):
+            die(f"step {step}: loss {info['loss'].mean():.4g}, gradient norm {norm:.4g}; {checkpoint} holds the last "
+                "good state: lower --lr or --eta and use another --out", 1)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        d_lr = optimizer.param_groups[0].get("d", 1.0) * args.lr  # Prodigy's own step size
+        row = dict(step=step) | {k: v.mean().item() for k, v in info.items() if k != "sigma"}
+        row |= dict(grad_norm=float(norm), d_lr=d_lr, seconds=time.perf_counter() - tick)
+        row |= {k + "_each": " ".join(f"{v:.4f}" for v in info[k].tolist()) for k in ("sigma", "dS")}
+        rows.append(row)
+        bar.set_postfix_str(f"dS {row['dS']:.3f} alpha {row['alpha']:.3f}")
+        if args.save_every and (step + 1) % args.save_every == 0:
+            save_lora(transformer, args.out / f"step-{step + 1}")
+        if (step + 1) % args.checkpoint_every == 0 or step + 1 == args.steps:
+            half = checkpoint.with_suffix(".tmp")
+            torch.save(dict(lora=get_peft_model_state_dict(transformer), optimizer=optimizer.state_dict(),
+                            step=step + 1, rows=rows), half)
+            os.replace(half, checkpoint)
+    with open(log, "w", newline="") as f:
+        writer = csv.DictWriter(f, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    save_lora(transformer, args.out)
+    return rows
+
+
+def draw_curves(rows, path):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(2, 3, figsize=(12, 6), layout="constrained")
+    step = [r["step"] for r in rows]
+    for axis, keys in zip(axes.flat, [("loss",), ("S", "S_ref"), ("dS", "alpha"), ("prior",), ("grad_norm", "d_lr")]):
+        for key in keys:
+            axis.plot(step, [r[key] for r in rows], label=key, linewidth=1)
+        axis.set_xlabel("step")
+        axis.legend()
+    axes[1, 1].set_yscale("log")
+    last = rows[-max(1, len(rows) // 3):]
+    sigma, dS = ([float(v) for r in last for v in r[k + "_each"].split()] for k in ("sigma", "dS"))
+    axes[1, 2].scatter(sigma, dS, s=4)
+    axes[1, 2].set(xlabel="sigma", ylabel="dS", title="dS by noise level, last third")
+    figure.savefig(path, dpi=80)
+
+
+def draw_before_after(pipe, embeds, groups, path, args, columns=6):
+    """Two rows a group, the base above the LoRA, at the same seeds."""
+    images, titles = [], []
+    for title, prompts in groups.items():
+        prompts = (prompts * columns)[:columns]
+        seeds = [seed_of(args.seed, "before_after", i) for i in range(columns)]
+        ask = embeds, prompts, seeds, args.sample_steps, args.sample_guidance, args.size
+        with reference(pipe.transformer):
+            images += generate(pipe, *ask)
+        images += generate(pipe, *ask)
+        titles += [f"{title}: before", f"{title}: after"]
+    contact_sheet(images, path, columns, titles=titles)
+
+
+def main(args):
+    concept = setup(args)
+    for key, value in (TABLE6[concept["task"]] | dict(lr=dict(prodigy=0.7, adamw=1e-3)[args.optimizer])).items():
+        if getattr(args, key) is None:
+            setattr(args, key, value)
+    if args.batch % args.accumulate:
+        die(f"--accumulate {args.accumulate} does not divide --batch {args.batch}")
+    check_settings(args.out / "args.json", args, ignore=("out", "save_every", "checkpoint_every", "device"))
+    groups = dict(target=concept["eval"], neighbours=concept["neighbours"], unrelated=concept["unrelated"])
+    if concept["task"] != "style":
+        groups["pairs"] = [f"{concept['concept'][0]} and {o}" for o in concept["unrelated"] + concept["unseen"]]
+    preserved = [t.replace("{}", o) for o in concept["neighbours"] + concept["unrelated"] for t in concept["preserve"]]
+    wanted = concept["train"] + preserved + [p for prompts in groups.values() for p in prompts]
+    embeds = encode_prompts(args.model, wanted, args.device, args.dtype)
+    pipe = load_denoiser(args.model, args.device, args.dtype)
+    forget_set, preserve_set = sample_all(pipe, embeds, concept, args)  # Algorithm 1, step 1
+    kept = set(make_masks([path for path, _ in forget_set], concept, args))
+    forget_set = [(p, t) for p, t in forget_set if p in kept]
+    forget = list(encode_images(pipe, forget_set, {p: p.with_suffix(".mask.png") for p in kept}, embeds))
+    if args.mask == "full":
+        forget[1] = torch.ones_like(forget[1])
+    preserve = encode_images(pipe, preserve_set, None, embeds)
+    rows = train(pipe.transformer, forget, preserve, args)  # Algorithm 1, lines 2 to 6
+    draw_curves(rows, args.out / "curves.png")
+    draw_before_after(pipe, embeds, groups, args.out / "before_after.png", args)
+    print(f"{args.out}: dS {rows[-1]['dS']:.2f}; look at before_after.png and curves.png")
+
+
+if __name__ == "__main__":
+    guarded(main, ARGS)
