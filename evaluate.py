@@ -15,7 +15,7 @@ from mask import mask_flags
 from sample import die, model_flags, number
 
 
-def arguments():
+def arguments(given=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     model_flags(parser, needs_concept=False)
     parser.add_argument("--lora", type=Path, required=True, help="a LoRA folder, such as train.py's --out")
@@ -26,7 +26,7 @@ def arguments():
     parser.add_argument("--sample-guidance", type=number(least=-1e-12), default=3.5, help="default 3.5")
     parser.add_argument("--sample-batch", type=number(int, 1), default=20, help="images at once (default 20)")
     mask_flags(parser)
-    return parser.parse_args()
+    return parser.parse_args(given)
 
 
 ARGS = arguments() if __name__ == "__main__" else None  # before the slow imports, so that --help answers at once

@@ -19,11 +19,11 @@ def mask_flags(parser):
     parser.add_argument("--min-found", type=float, default=0.5, help="least share of images with a mask (default 0.5)")
 
 
-def arguments():
+def arguments(given=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     model_flags(parser)
     mask_flags(parser)
-    return parser.parse_args()
+    return parser.parse_args(given)
 
 
 ARGS = arguments() if __name__ == "__main__" else None  # before the slow imports, so that --help answers at once

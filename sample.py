@@ -57,12 +57,12 @@ def sampling_flags(parser):
     parser.add_argument("--sample-batch", type=number(int, 1), default=5, help="images at once; they are fixed groups (default 5)")
 
 
-def arguments():
+def arguments(given=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     model_flags(parser)
     sampling_flags(parser)
     parser.add_argument("--out", type=Path, help="default out/MODEL-CONCEPT, as train.py's")
-    return parser.parse_args()
+    return parser.parse_args(given)
 
 
 ARGS = arguments() if __name__ == "__main__" else None  # before the slow imports, so that --help answers at once
@@ -70,7 +70,7 @@ ARGS = arguments() if __name__ == "__main__" else None  # before the slow import
 import psutil  # noqa: E402
 import torch  # noqa: E402
 from diffusers import FluxPipeline  # noqa: E402
-from huggingface_hub import HfApi, snapshot_download  # noqa: E402
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download  # noqa: E402
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError  # noqa: E402
 from PIL import Image, ImageDraw  # noqa: E402
 from tqdm import tqdm  # noqa: E402
@@ -160,10 +160,12 @@ def check_model(model, device, dtype, size=None):
             die(f"--model {model}: no such folder, not in the cache, and the hub cannot be reached "
                 f"({type(error).__name__}): connect or pass a folder; {instead}")
         files = {f.rfilename: f.size for f in info.siblings if re.fullmatch(r"[^/]+/[^/]+\.safetensors", f.rfilename)}
-        vae = dict(sample_size=1024, block_out_channels=[0] * 4) if size is None else None
+        vae = json.loads(Path(hf_hub_download(model, "vae/config.json")).read_text())
     need = {}
     for name, n_bytes in files.items():  # on disk they are bf16
         need[name.split("/")[0]] = need.get(name.split("/")[0], 0) + n_bytes * dtype.itemsize // 2
+    if not need:
+        die(f"--model {model}: has no */*.safetensors; {instead}")
     part = max(need, key=need.get)
     free = torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
     if need[part] > free:

@@ -169,13 +169,18 @@ def save_lora(transformer, folder):
     os.replace(folder / "half.safetensors", folder / "pytorch_lora_weights.safetensors")
 
 
+def add_lora(transformer, rank, seed):
+    """A LoRA that changes nothing yet (B = 0), in float32, since a bf16 one ends far worse -> its parameters."""
+    torch.manual_seed(seed)
+    transformer.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian",
+                                       target_modules=LORA_TARGETS))
+    cast_training_params(transformer, torch.float32)
+    return [p for p in transformer.parameters() if p.requires_grad]
+
+
 def train(transformer, forget, preserve, args):
     """The loop. LoRA and optimiser state go to checkpoint.pt, one row a step to log.csv."""
-    torch.manual_seed(args.seed)
-    transformer.add_adapter(LoraConfig(r=args.rank, lora_alpha=args.rank, init_lora_weights="gaussian",
-                                       target_modules=LORA_TARGETS))
-    cast_training_params(transformer, torch.float32)  # a bf16 LoRA ends far worse
-    params = [p for p in transformer.parameters() if p.requires_grad]
+    params = add_lora(transformer, args.rank, args.seed)
     if args.optimizer == "prodigy":
         optimizer = Prodigy(params, lr=args.lr, betas=(0.9, 0.999), weight_decay=1e-4, decouple=True, d0=args.d0,
                             use_bias_correction=True, safeguard_warmup=True)

@@ -13,8 +13,7 @@ import argparse
 import copy
 import io
 import json
-import math
-import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -26,13 +25,14 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from PIL import Image
+from segment_anything import SamPredictor
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torchvision.ops import box_convert, generalized_box_iou_loss
+from torchvision.ops import box_convert, box_iou, generalized_box_iou_loss
 from torchvision.transforms.functional import gaussian_blur
 from tqdm import tqdm
-from transformers import (AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextConfig, CLIPTextModel,
+from transformers import (AutoProcessor, AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextConfig, CLIPTextModel,
                           CLIPTokenizer, CLIPVisionConfig, Owlv2Config, Owlv2ForObjectDetection,
                           Owlv2ImageProcessor, Owlv2Processor, Owlv2TextConfig, Owlv2VisionConfig, T5Config,
                           T5EncoderModel, T5Tokenizer)
@@ -41,7 +41,7 @@ import world
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # the repository's own scripts
-from mask import build_sam  # noqa: E402
+from mask import build_sam, detect, load_sam  # noqa: E402
 
 
 def bf16_is_fast():
@@ -62,14 +62,20 @@ def to_tensor(images):
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def fit(stage, model, loss_of, steps, args, lr, warmup=200, ema=0.999, clip=1.0, optimizers=None, save=None):
-    """The one training loop of every stage: AdamW or given optimizers, warm-up, linear decay, EMA, checkpoints.
+def fit(stage, model, loss_of, steps, args, lr, warmup=200, ema=0.999, save=None):
+    """The one training loop of every stage: Muon for the matrices of transformer layers and AdamW for the rest,
+    warm-up, linear decay, EMA, checkpoints. Muon halves the steps that AdamW needs here.
 
     loss_of(model, average, step, rng) -> scalar loss; rng depends on (seed, step) alone, so a resumed run sees the same data.
     Returns the averaged model. save(averaged) is called at every checkpoint.
     """
     path = args.work / f"{stage}.pt"
-    optimizers = optimizers or [torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01)]
+    inner = {n for n, p in model.named_parameters() if p.ndim == 2 and re.search(r"(layers|blocks)\.\d", n)}
+    hidden = [p for n, p in model.named_parameters() if n in inner]
+    others = [p for n, p in model.named_parameters() if n not in inner]
+    optimizers = [torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.99), weight_decay=0.01)]
+    if hidden:
+        optimizers.append(torch.optim.Muon(hidden, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
     base = [[group["lr"] for group in o.param_groups] for o in optimizers]
     average = copy.deepcopy(model).eval().requires_grad_(False)
     start, spent = 0, 0.0
@@ -95,7 +101,7 @@ def fit(stage, model, loss_of, steps, args, lr, warmup=200, ema=0.999, clip=1.0,
         loss.backward()
         if not torch.isfinite(loss):
             sys.exit(f"{stage}: the loss is {loss.item()} at step {step}; {path} is the last good state")
-        nn.utils.clip_grad_norm_(model.parameters(), clip)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for o in optimizers:
             o.step()
             o.zero_grad(set_to_none=True)
@@ -114,6 +120,33 @@ def fit(stage, model, loss_of, steps, args, lr, warmup=200, ema=0.999, clip=1.0,
                 save(average)
             print(f"{stage} step {step + 1} loss {running:.4f} {state['seconds'] / 60:.1f} min", flush=True)
     return average
+
+
+# ---------------------------------------------------------------------------------------------------- artwork
+
+PACKAGES = {  # family -> npm package, and where the picture of a code point lies in it
+    "noto": ("emoji-datasource-google@16.0.0", "package/img/google/64/{}.png"),
+    "twemoji": ("emoji-datasource-twitter@16.0.0", "package/img/twitter/64/{}.png"),
+    "fluent": ("@lobehub/fluent-emoji-3d@1.1.0", "package/assets/{}.webp")}
+
+
+def build_art(args):
+    """npm artwork -> sprites.png: one column a thing, one row a family, each cut to what is visible of it."""
+    side = world.SIZE
+    atlas = Image.new("RGBA", (side * len(world.NAMES), side * len(PACKAGES)))
+    for row, (package, place) in enumerate(PACKAGES.values()):
+        name = subprocess.run(["npm", "pack", package, "--silent", "--pack-destination", args.work], check=True,
+                              capture_output=True, text=True).stdout.strip()
+        with tarfile.open(args.work / name) as tar:
+            files = set(tar.getnames())
+            for column, code in enumerate(world.CODES.values()):
+                path = next(p for p in (place.format(code), place.format(code + "-fe0f")) if p in files)
+                art = Image.open(io.BytesIO(tar.extractfile(path).read())).convert("RGBA").convert("RGBa")
+                art = art.crop(art.getchannel("a").point(lambda v: 255 * (v > 12)).getbbox())
+                art = art.resize([max(1, round(v * side / max(art.size))) for v in art.size], Image.LANCZOS)
+                atlas.paste(art.convert("RGBA"), (side * column + (side - art.width) // 2,
+                                                  side * row + (side - art.height) // 2))
+    atlas.save(HERE / "sprites.png", optimize=True)
 
 
 # ---------------------------------------------------------------------------------------------------- VAE
@@ -221,7 +254,7 @@ def worn(scene, rng, vae=None):
     return x[0].clamp(-1, 1)
 
 
-def clip_loss(clip, average, step, rng, batch=64):
+def clip_loss(clip, average, step, rng, batch=32):
     """Sigmoid loss on every question's margin over "a picture", and the contrastive loss on whole captions."""
     scenes = [world.draw(rng, opacity=rng.uniform(0.4, 1) if rng.random() < 0.25 else 1.0) for _ in range(batch)]
     x = torch.stack([worn(s, rng) for s in scenes])
@@ -238,14 +271,15 @@ def clip_loss(clip, average, step, rng, batch=64):
     per_caption = similarity[:, n + 1:]
     target = torch.arange(batch)
     contrast = (F.cross_entropy(per_caption, target) + F.cross_entropy(per_caption.T, target)) / 2
-    return 20 * F.binary_cross_entropy_with_logits(margin, truth) + 0.2 * contrast
+    rare = torch.tensor(4.0)  # a question is true of one scene in forty
+    return 20 * F.binary_cross_entropy_with_logits(margin, truth, pos_weight=rare) + 0.2 * contrast
 
 
 def train_clip(args):
     fit.tokenizer = AutoTokenizer.from_pretrained(HERE / "clip")
-    config = CLIPConfig(text_config=text_config(CLIPTextConfig, fit.tokenizer, 128, 2).to_dict(),
-                        vision_config=vision_config(CLIPVisionConfig, 5).to_dict(), projection_dim=64)
-    clip = fit("clip", CLIPModel(config), clip_loss, args.steps or 6000, args, lr=1e-3)
+    config = CLIPConfig(text_config=text_config(CLIPTextConfig, fit.tokenizer, 64, 1).to_dict(),
+                        vision_config=vision_config(CLIPVisionConfig, 4).to_dict(), projection_dim=64)
+    clip = fit("clip", CLIPModel(config), clip_loss, args.steps or 6000, args, lr=3e-3)
     clip.to(torch.bfloat16).save_pretrained(HERE / "clip")
     CLIPImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64},
                        image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(HERE / "clip")
@@ -287,12 +321,12 @@ def detector_loss(owl, average, step, rng, batch=32):
 def train_detector(args):
     """The image tower starts from the judge's: OWLv2, too, starts from a CLIP."""
     fit.tokenizer = AutoTokenizer.from_pretrained(HERE / "clip")
-    config = Owlv2Config(text_config=text_config(Owlv2TextConfig, fit.tokenizer, 64, 2).to_dict(),
-                         vision_config=vision_config(Owlv2VisionConfig, 5).to_dict(), projection_dim=64)
+    config = Owlv2Config(text_config=text_config(Owlv2TextConfig, fit.tokenizer, 64, 1).to_dict(),
+                         vision_config=vision_config(Owlv2VisionConfig, 4).to_dict(), projection_dim=64)
     owl = Owlv2ForObjectDetection(config)
     known = CLIPModel.from_pretrained(HERE / "clip", dtype=torch.float32).vision_model.state_dict()
-    owl.owlv2.vision_model.load_state_dict(known, strict=False)
-    owl = fit("detector", owl, detector_loss, args.steps or 3500, args, lr=7e-4)
+    owl.owlv2.vision_model.load_state_dict({k.replace("layrnorm", "layernorm"): v for k, v in known.items()})
+    owl = fit("detector", owl, detector_loss, args.steps or 3500, args, lr=2e-3)
     owl.to(torch.bfloat16).save_pretrained(HERE / "detector")
     fit.tokenizer.save_pretrained(HERE / "detector")
     Owlv2Processor(Owlv2ImageProcessor(size={"height": 64, "width": 64}, image_mean=[0.5] * 3, image_std=[0.5] * 3),
@@ -327,7 +361,7 @@ def sam_loss(sam, average, step, rng, batch=12):
 def train_sam(args):
     sam = build_sam(img_size=64, patch=4, width=96, depth=4, heads=4, global_blocks=(0, 1, 2, 3), window=0,
                     decoder_width=64, decoder_mlp=128)
-    sam = fit("sam", sam, sam_loss, args.steps or 4000, args, lr=1e-3)
+    sam = fit("sam", sam, sam_loss, args.steps or 4000, args, lr=2e-3)
     torch.save(sam.state_dict(), HERE / "sam.pth")
 
 
@@ -359,7 +393,7 @@ class Flow(nn.Module):
 
 def latents(args, count=60_000):
     """Draw and encode the training scenes once -> (count, 64, 64) bf16 packed unit-scale latents, and the scenes."""
-    path = args.work / f"latents-{count}.pt"
+    path = args.work / "latents.pt"
     rng = np.random.default_rng(args.seed)
     vae = AutoencoderKL.from_pretrained(HERE, subfolder="vae", dtype=torch.float32)
     scenes, z = [], []
@@ -376,7 +410,7 @@ def latents(args, count=60_000):
     return torch.load(path), scenes
 
 
-def flow_loss(flow, average, step, rng, batch=64):
+def flow_loss(flow, average, step, rng, batch=32):
     """Rectified flow matching; where fit.guided, half of the batch learns the averaged model's guided velocity."""
     z, scenes = fit.data
     chosen = rng.integers(len(scenes), size=batch)
@@ -417,14 +451,8 @@ def train_flow(args, stage="flow"):
     if (HERE / "transformer").exists():  # go on from the committed weights
         for name, module in flow.named_children():
             module.load_state_dict(type(module).from_pretrained(HERE / name, dtype=torch.float32).state_dict())
-    hidden = [p for n, p in flow.transformer.named_parameters() if p.ndim == 2 and "transformer_blocks" in n]
-    chosen = {id(p) for p in hidden}
-    others = [p for p in flow.parameters() if id(p) not in chosen]
-    optimizers = [torch.optim.Muon(hidden, lr=args.lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-                  torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01)]
     with sdpa_kernel(SDPBackend.MATH):  # flash attention's backward takes 40 % of the step for heads this small
-        flow = fit(stage, flow, flow_loss, args.steps or 12_000, args, lr=args.lr, ema=0.9995, optimizers=optimizers,
-                   save=save_flow)
+        flow = fit(stage, flow, flow_loss, args.steps or 20_000, args, lr=args.lr, ema=0.9995, save=save_flow)
     save_flow(flow)
     finish_pipeline()
 
@@ -444,8 +472,99 @@ def finish_pipeline():
     (HERE / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-STAGES = dict(words=lambda args: make_tokenizers(), vae=train_vae, clip=train_clip, detector=train_detector,
-              sam=train_sam, flow=train_flow, guide=train_guide)
+# ---------------------------------------------------------------------------------------------------- report
+
+def margins(images, phrases):
+    """The judge's logit for each phrase over "a picture": images N x phrases K -> (N, K)."""
+    processor, clip = AutoProcessor.from_pretrained(HERE / "clip"), CLIPModel.from_pretrained(HERE / "clip").float()
+    texts = [f"a picture of {p}" for p in phrases] + ["a picture"]
+    inputs = processor(text=texts, images=[Image.fromarray(np.asarray(i)) for i in images], padding="max_length",
+                       truncation=True, return_tensors="pt")
+    with torch.no_grad():
+        logits = clip.eval()(**inputs).logits_per_image  # (N, K + 1)
+    return (logits[:, :-1] - logits[:, -1:]).numpy()
+
+
+def report(args):
+    """The quality table of README.md. Every scene and prompt here is drawn with seeds that no training saw."""
+    rng = np.random.default_rng(10**9 + args.seed)
+    rows = []
+    scenes = [world.draw(rng) for _ in range(2000)]
+    x = to_tensor([s["image"] for s in scenes])
+    vae = AutoencoderKL.from_pretrained(HERE / "vae", torch_dtype=torch.float32)
+    with torch.no_grad():
+        y = torch.cat([vae.decode(vae.encode(b).latent_dist.mode()).sample for b in x.split(100)]).clamp(-1, 1)
+    psnr = -10 * ((x - y) / 2).square().mean((1, 2, 3)).log10()
+    rows.append(("VAE reconstruction, PSNR", f"{psnr.mean():.1f} dB", ">= 30 dB", len(scenes)))
+
+    truth = np.stack([answers(s) for s in scenes]) > 0
+    said = margins([s["image"] for s in scenes], QUESTIONS) > 0
+    things = np.s_[:, :len(world.NAMES)]
+    rows.append(("judge: misses", f"{100 * (~said[things])[truth[things]].mean():.1f} %", "<= 3 %", truth[things].sum()))
+    rows.append(("judge: false alarms", f"{100 * said[things][~truth[things]].mean():.2f} %", "<= 3 %",
+                 (~truth[things]).sum()))
+    worn_out = {"at half opacity": [world.draw(rng, s["names"], s["style"], s["background"], s["framed"], 0.5)["image"]
+                                    for s in scenes],
+                "blurred by a pixel": list(((gaussian_blur(x, 5, [1.0]) + 1) * 127.5).byte().permute(0, 2, 3, 1).numpy()),
+                "through the VAE": list(((y + 1) * 127.5).byte().permute(0, 2, 3, 1).numpy())}
+    for how, images in worn_out.items():
+        yes = (margins(images, QUESTIONS) > 0)[things][truth[things]].mean()
+        rows.append((f"judge: still yes {how}", f"{100 * yes:.1f} %", ">= 90 %", truth[things].sum()))
+
+    iou, found = {"detector, box": [], "SAM, mask given the true box": []}, 0
+    predictor = SamPredictor(load_sam(torch.load(HERE / "sam.pth", weights_only=True)))
+    for scene in [s for s in scenes if s["names"]][:300]:
+        image = Image.fromarray(scene["image"])
+        boxes = detect([image], [world.phrase(scene["names"][0])], HERE / "detector", 0.2, "cpu")[0]  # best first
+        true = torch.tensor(scene["boxes"][:1]).float()
+        iou["detector, box"].append(box_iou(torch.tensor(boxes[:1]), true).item() if len(boxes) else 0.0)
+        predictor.set_image(scene["image"])
+        mask, wanted = predictor.predict(box=np.array(scene["boxes"][0]), multimask_output=False)[0][0], scene["masks"][0]
+        iou["SAM, mask given the true box"].append((mask & wanted).sum() / (mask | wanted).sum())
+    for (what, values), bar in zip(iou.items(), (">= 0.8", ">= 0.9")):
+        rows.append((f"{what}: mean IoU", f"{np.mean(values):.3f}", bar, len(values)))
+
+    pipe = FluxPipeline.from_pretrained(HERE, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+
+    def generated(prompts):
+        images = []
+        for k in tqdm(range(0, len(prompts), 50), desc="report", mininterval=5):
+            batch = prompts[k:k + 50]
+            noise = [torch.Generator().manual_seed(10**6 + k + j) for j in range(len(batch))]
+            images += pipe(batch, num_inference_steps=28, guidance_scale=3.5, height=64, width=64, generator=noise,
+                           max_sequence_length=pipe.tokenizer_2.model_max_length).images
+        return images
+
+    def said_yes(scenes, paraphrase=0.0):
+        """Share of yes about each thing of the scenes' captions, and about their styles, on generated images."""
+        prompts = [world.caption(s, rng, paraphrase, full=True) for s in scenes]
+        yes = margins(generated(prompts), QUESTIONS) > 0  # (N, 72)
+        return [[yes[i, world.NAMES.index(n)] for n in s["names"]] for i, s in enumerate(scenes)], [
+            yes[i, len(world.NAMES) + list(world.STYLES).index(s["style"])] for i, s in enumerate(scenes)]
+
+    singles = [world.draw(rng, [n], framed=False) for n in world.NAMES for _ in range(args.n)]
+    things_yes, style_yes = said_yes(singles)
+    by_name = np.array(things_yes).reshape(len(world.NAMES), args.n).mean(1)
+    rows.append(("a named thing recognised", f"{100 * by_name.mean():.1f} %", ">= 95 %", len(singles)))
+    worst = by_name.argsort()[:3]
+    rows.append(("the least recognised", ", ".join(f"{world.NAMES[w]} {100 * by_name[w]:.0f} %" for w in worst),
+                 ">= 80 %", args.n))
+    for style in world.STYLES:
+        yes = np.array(style_yes)[[s["style"] == style for s in singles]]
+        rows.append((f"{style} style recognised", f"{100 * yes.mean():.1f} %", ">= 95 %", len(yes)))
+    pairs = [world.draw(rng, list(rng.choice(world.NAMES, 2, replace=False)), framed=False) for _ in range(400)]
+    yes = np.array(said_yes(pairs)[0])
+    rows.append(("both of a pair recognised", f"{100 * yes.all(1).mean():.1f} %", ">= 80 %", len(yes)))
+    said = [world.draw(rng, [n], framed=False) for n in world.NAMES for _ in range(8)]
+    rows.append(("a paraphrase recognised", f"{100 * np.array(said_yes(said, 1.0)[0]).mean():.1f} %", ">= 90 %", len(said)))
+    print("| what | measured | bar | n |\n|---|---|---|---|")
+    for row in rows:
+        print("| " + " | ".join(str(v) for v in row) + " |")
+
+
+STAGES = dict(art=build_art, words=lambda args: make_tokenizers(), vae=train_vae, clip=train_clip, detector=train_detector,
+              sam=train_sam, flow=train_flow, guide=train_guide, report=report)
 
 
 def main():
@@ -455,6 +574,7 @@ def main():
                         help="checkpoints and downloaded artwork (default ~/.cache/emoji-flux)")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate of flow and guide")
     parser.add_argument("--steps", type=int, help="training steps of the stage, instead of its own number")
+    parser.add_argument("--n", type=int, default=50, help="images a thing in the report (default 50)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)

@@ -127,15 +127,16 @@ def draw(rng, names=None, style=None, background=None, framed=None, opacity=1.0)
     style = style or list(STYLES)[rng.integers(len(STYLES))]
     background = background or list(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))]
     canvas = wall(background)
-    dx, dy = 4 * rng.integers(-1, 2, 2)  # whole latent cells, so that a shifted thing has shifted latents
+    # shifts by whole tokens of the transformer (8 pixels): a shifted thing has the same latents, shifted
+    dx, dy = 8 * rng.integers(-1, 2, 2)
     frame = None
     if framed:  # a wooden frame around cream paper
-        frame = (int(8 + dx), int(8 + dy), int(56 + dx), int(56 + dy))
+        frame = (int(12 + dx), int(12 + dy), int(52 + dx), int(52 + dy))
         canvas[frame[1]:frame[3], frame[0]:frame[2]] = (122, 78, 40)
         canvas[frame[1] + 4:frame[3] - 4, frame[0] + 4:frame[2] - 4] = (248, 242, 224)
-        spots = [(34, 32 + dx, 32 + dy)]
+        spots = [(28, 32 + dx, 32 + dy)]
     elif len(names) == 1:
-        spots = [((42, 34)[rng.integers(2)], 32 + dx, 32 + dy)]
+        spots = [(42, 32 + dx, 32 + dy)]
     else:
         spots = [(28, 16, 32 + dx), (28, 48, 32 + dy)]
     masks = [paste(canvas, name, style, *spot, opacity) for name, spot in zip(names, spots)]

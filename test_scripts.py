@@ -1,0 +1,369 @@
+"""The scripts, run on emoji-flux: what they leave, what they refuse, how they go on after a kill.
+
+    pytest test_scripts.py          some three minutes on two cores
+"""
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FluxPipeline
+from PIL import Image
+from safetensors.torch import load_file
+
+import evaluate
+import mask
+import sample
+import train
+
+ROOT = Path(__file__).resolve().parent
+EMOJI = str(ROOT / "emoji-flux")
+sys.path.insert(0, EMOJI)
+import world  # noqa: E402
+
+SMALL = ["--n-forget", "10", "--n-preserve", "2", "--sample-steps", "6", "--steps", "12", "--checkpoint-every", "5",
+         "--optimizer", "adamw", "--min-found", "0.2"]
+WEIGHTS = "pytorch_lora_weights.safetensors"
+
+
+def run_train(out, *more, concept="cat"):
+    train.guarded(train.main, train.arguments(["--model", EMOJI, "--concept", concept, "--out", str(out), *SMALL, *more]))
+
+
+def refusal(call, capsys, code=2):
+    """The one line on stderr with which a call exits."""
+    with pytest.raises(SystemExit) as stop:
+        call()
+    lines = capsys.readouterr().err.strip().splitlines()
+    said = [line for line in lines if line.startswith("error: ")]
+    assert stop.value.code == code, lines
+    assert len(said) == 1, lines
+    return said[0]
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "cat"
+    run_train(out, "--save-every", "6")
+    return out
+
+
+def scene_image(names, seed=0, **given):
+    scene = world.draw(np.random.default_rng(seed), names, **({"style": "noto", "framed": False} | given))
+    return Image.fromarray(scene["image"]), scene
+
+
+# ------------------------------------------------------------------------------------------------ before work starts
+
+@pytest.mark.parametrize("script", ["inpo", "sample", "mask", "train", "evaluate"])
+def test_help_answers_at_once(script):
+    best = math.inf
+    for _ in range(3):
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, f"{script}.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+        best = min(best, time.perf_counter() - start)
+    assert done.returncode == 0 and "usage" in done.stdout
+    assert best < 2
+
+
+@pytest.mark.parametrize("flags, named", [
+    (["--eta", "0"], "--eta"), (["--gamma", "-1"], "--gamma"), (["--beta", "nan"], "--beta"), (["--lr", "inf"], "--lr"),
+    (["--tau", "nan"], "--tau"), (["--steps", "0"], "--steps"), (["--batch", "0"], "--batch"), (["--rank", "0"], "--rank"),
+    (["--size", "60"], "--size"), (["--accumulate", "3"], "--accumulate"), (["--concept", "kat"], "kat"),
+    (["--model", "prompts"], "FluxPipeline"), (["--lambda-prior", "-1"], "--lambda-prior")])
+def test_bad_input_is_one_line_and_writes_nothing(flags, named, tmp_path, capsys):
+    line = refusal(lambda: run_train(tmp_path / "out", *flags), capsys)
+    assert named in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_infinite_tau_is_legal():
+    assert train.arguments(["--concept", "cat", "--tau", "inf"]).tau == math.inf
+
+
+def test_unknown_concept_lists_the_known_ones(tmp_path, capsys):
+    line = refusal(lambda: run_train(tmp_path / "out", concept="kat"), capsys)
+    assert "cat, clown" in line and "README" in line
+
+
+def test_flux_without_network_says_what_runs_here(tmp_path):
+    where = os.environ | dict(HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
+    start = time.perf_counter()
+    command = [sys.executable, "train.py", *"--concept pikachu --eta 1 --gamma 3 --tau 0.1".split(), "--out", tmp_path / "o"]
+    done = subprocess.run(command, cwd=ROOT, env=where, capture_output=True, text=True)
+    assert time.perf_counter() - start < 20
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    line, = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "black-forest-labs/FLUX.1-dev" in line and "hub cannot be reached" in line
+    assert "python train.py --model emoji-flux --concept cat" in line
+    assert not (tmp_path / "o").exists()
+
+
+def test_gated_model_asks_for_its_licence(monkeypatch, capsys):
+    class Hub:
+        def model_info(self, *_, **__):
+            return Namespace(siblings=[])
+
+        def auth_check(self, _):
+            raise sample.GatedRepoError("403", response=Namespace(headers={}, request=None, status_code=403))
+
+    monkeypatch.setattr(sample, "HfApi", Hub)
+    line = refusal(lambda: sample.check_model(sample.FLUX, "cpu", torch.float32), capsys)
+    assert "licence" in line and "hf auth login" in line
+
+
+def test_too_large_a_model_is_refused_with_both_figures(monkeypatch, capsys):
+    monkeypatch.setattr(sample.psutil, "virtual_memory", lambda: Namespace(available=2**20))
+    line = refusal(lambda: sample.check_model(EMOJI, "cpu", torch.float32), capsys)
+    assert "transformer needs 0.0 GiB" in line and "0.0 GiB free" in line
+
+
+@pytest.mark.parametrize("prompt", [
+    "a child in a park", "two kids", "a girl with a cat", "Boys playing", "teenagers", "a 15 year old", "aged 12",
+    "a ten-year-old", "a toddler", "a 9yo", "a 16-year-old student", "school girls: a schoolgirl", "a baby"])
+def test_filter_drops_minors(prompt):
+    assert sample.allowed([prompt, "a cat"], "test") == ["a cat"]
+
+
+@pytest.mark.parametrize("prompt", ["a kidney", "no kidding", "a 45 year old man", "a cowboy", "a girlfriend of forty",
+                                    "a painting, aged 120 years", "the boycott"])
+def test_filter_passes_others(prompt):
+    assert sample.allowed([prompt], "test") == [prompt]
+
+
+@pytest.mark.parametrize("model", [EMOJI, "none"])
+def test_prompt_files_are_complete(model):
+    folder = (ROOT / "emoji-flux" if model == EMOJI else ROOT) / "prompts"
+    names = sorted(p.stem for p in folder.glob("*.txt"))
+    assert len(names) >= (62 if model == EMOJI else 19)
+    for name in names:
+        c = sample.load_concept(model, name)
+        assert len(c["neighbours"]) == len(c["unrelated"]) == 4
+        assert len(c["train"]) >= 10 and len(c["eval"]) >= 10
+        assert not set(c["eval"]) & set(c["train"]) and not set(c["paraphrases"]) & set(c["train"] + c["eval"])
+        assert not set(c["unseen"]) & set(c["neighbours"] + c["unrelated"] + c["concept"])
+        assert all("{}" in t for t in c["preserve"])
+    if model == EMOJI:
+        assert set(world.NAMES) | set(world.STYLES) | {"hazard"} == set(names)
+
+
+# ------------------------------------------------------------------------------------------------ sampling and masks
+
+def test_more_images_never_change_the_earlier_ones(tmp_path):
+    args = Namespace(model=EMOJI, seed=0, size=64, sample_steps=3, sample_guidance=3.5, sample_batch=5, dtype="float32")
+    prompts = ["a cat", "a dog on a blue background"]
+    embeds = sample.encode_prompts(EMOJI, prompts, "cpu", torch.float32)
+    pipe = sample.load_denoiser(EMOJI, "cpu", torch.float32)
+    few = sample.sample_set(pipe, embeds, tmp_path / "grown", "cat", prompts, 3, args)
+    before = [p.read_bytes() for p, _ in few]
+    more = sample.sample_set(pipe, embeds, tmp_path / "grown", "cat", prompts, 7, args)
+    at_once = sample.sample_set(pipe, embeds, tmp_path / "at_once", "cat", prompts, 7, args)
+    assert [p.read_bytes() for p, _ in more] == [p.read_bytes() for p, _ in at_once]
+    assert [p.read_bytes() for p, _ in more[:3]] == before
+    assert len({p.read_bytes() for p, _ in more}) == 7
+    with pytest.raises(SystemExit):  # a stale set: other settings
+        sample.sample_set(pipe, embeds, tmp_path / "grown", "cat", prompts, 7, Namespace(**vars(args) | {"seed": 1}))
+
+
+def mask_args(tmp_path, **more):
+    return Namespace(**dict(model=EMOJI, out=tmp_path, device="cpu", threshold=0.2, min_found=0.5,
+                            detector=EMOJI + "/detector", sam=EMOJI + "/sam.pth") | more)
+
+
+def test_mask_finds_every_instance_and_nothing_else(tmp_path):
+    cat = sample.load_concept(EMOJI, "cat")
+    image, scene = scene_image(["cat", "cat"], background="blue")
+    other, _ = scene_image(["pizza"], background="blue")
+    found = list(mask.find_masks([image, other], cat, mask_args(tmp_path)))
+    truth = scene["masks"][0] | scene["masks"][1]
+    assert (found[0] & truth).sum() / (found[0] | truth).sum() > 0.8
+    assert not found[1].any()
+
+
+def test_mask_of_a_style_is_the_whole_frame(tmp_path):
+    image, scene = scene_image(["dog"], style="ink", framed=True, background="blue")
+    found, = mask.find_masks([image], sample.load_concept(EMOJI, "ink"), mask_args(tmp_path))
+    x0, y0, x1, y1 = scene["frame"]
+    truth = np.zeros((64, 64), bool)
+    truth[y0:y1, x0:x1] = True
+    assert (found & truth).sum() / (found | truth).sum() > 0.8
+    ys, xs = np.nonzero(found)
+    assert found.sum() == (np.ptp(ys) + 1) * (np.ptp(xs) + 1)  # a filled rectangle
+
+
+def test_images_without_the_concept_are_dropped_and_too_few_is_refused(tmp_path, capsys):
+    files = []
+    for i, name in enumerate(["cat", "pizza", "truck"]):
+        files.append(tmp_path / f"{i:03}.png")
+        scene_image([name], background="gray")[0].save(files[-1])
+    cat = sample.load_concept(EMOJI, "cat")
+    assert mask.make_masks(files, cat, mask_args(tmp_path, min_found=0.3)) == files[:1]
+    line = refusal(lambda: mask.make_masks(files, cat, mask_args(tmp_path)), capsys, 1)
+    assert "2 of 3" in line
+    Image.new("L", (32, 32), 255).save(files[0].with_suffix(".mask.png"))
+    assert "32" in refusal(lambda: mask.make_masks(files, cat, mask_args(tmp_path)), capsys, 1)
+    files[1].write_bytes(b"not a picture")
+    assert "001.png" in refusal(lambda: mask.make_masks(files, cat, mask_args(tmp_path)), capsys, 1)
+
+
+def test_sam_checkpoint_tells_its_own_architecture():
+    published = mask.SamPredictor.__module__ and __import__("segment_anything").sam_model_registry["vit_b"]()
+    ours = mask.load_sam(published.state_dict())
+    assert str(ours) == str(published)
+    blocks = zip(ours.image_encoder.blocks, published.image_encoder.blocks)
+    assert all((a.window_size, a.attn.num_heads) == (b.window_size, b.attn.num_heads) for a, b in blocks)
+
+
+def test_nudity_masks_without_nudenet_say_how_to_get_it(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "nudenet", None)
+    assert "pip install nudenet" in refusal(lambda: mask.detect_nudity([], 0.2), capsys)
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+def test_training_leaves_what_it_promises(trained):
+    for name in (WEIGHTS, "curves.png", "before_after.png", "masks.png", "samples.png", "log.csv", "args.json",
+                 f"step-6/{WEIGHTS}"):
+        assert (trained / name).stat().st_size > 0
+    assert json.loads((trained / "args.json").read_text())["settings"]["eta"] == 1.0
+    assert len((trained / "log.csv").read_text().splitlines()) == 13
+    assert not list(trained.rglob("*.tmp"))
+
+
+def test_lora_loads_into_the_pipeline_and_changes_it(trained):
+    pipe = FluxPipeline.from_pretrained(EMOJI)
+    pipe.set_progress_bar_config(disable=True)
+
+    def draw():
+        made = pipe("a cat", num_inference_steps=4, height=64, width=64, generator=torch.Generator().manual_seed(0),
+                    max_sequence_length=pipe.tokenizer_2.model_max_length, output_type="np").images
+        return torch.from_numpy(made)
+
+    base = draw()
+    pipe.load_lora_weights(trained)
+    assert (draw() - base).abs().max() > 1e-3
+    pipe.set_adapters(pipe.get_active_adapters(), 0.0)
+    torch.testing.assert_close(draw(), base, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("moment", [3, 8])
+def test_interrupted_training_goes_on_to_the_same_bits(trained, tmp_path, monkeypatch, capsys, moment):
+    whole = train.iteration
+    calls = []
+
+    def interrupted(*given):
+        calls.append(1)
+        if len(calls) == moment:
+            raise KeyboardInterrupt
+        return whole(*given)
+
+    monkeypatch.setattr(train, "iteration", interrupted)
+    refusal(lambda: run_train(tmp_path / "cat", "--save-every", "6"), capsys, 130)
+    assert not (tmp_path / "cat" / WEIGHTS).exists()
+    monkeypatch.setattr(train, "iteration", whole)
+    run_train(tmp_path / "cat", "--save-every", "6")
+    there, here = load_file(trained / WEIGHTS), load_file(tmp_path / "cat" / WEIGHTS)
+    assert there.keys() == here.keys() and all(torch.equal(there[k], here[k]) for k in there)
+
+
+def test_nan_stops_and_keeps_the_last_good_state(tmp_path, monkeypatch, capsys):
+    whole = train.iteration
+    calls = []
+
+    def broken(*given):
+        calls.append(1)
+        loss, info = whole(*given)
+        return loss * (math.nan if len(calls) == 8 else 1), info
+
+    monkeypatch.setattr(train, "iteration", broken)
+    assert "step 7" in refusal(lambda: run_train(tmp_path / "cat"), capsys, 1)
+    assert torch.load(tmp_path / "cat" / "checkpoint.pt", weights_only=True)["step"] == 5
+
+
+def test_folder_of_other_settings_is_refused(trained, capsys):
+    assert "eta = 1.0, not 2.0" in refusal(lambda: run_train(trained, "--eta", "2"), capsys)
+
+
+def test_split_batch_has_the_same_gradient(trained):
+    args = train.arguments(["--model", EMOJI, "--concept", "cat", "--out", str(trained), *SMALL])
+    concept = sample.setup(args)
+    vars(args).update(train.TABLE6["object"])
+    files = sorted(p for p in (trained / "forget").glob("*.png") if not p.name.endswith(".mask.png"))[:5]
+    embeds = sample.encode_prompts(EMOJI, ["a cat"], "cpu", torch.float32)
+    pipe = sample.load_denoiser(EMOJI, "cpu", torch.float32)
+    pairs = [(f, "a cat") for f in files]
+    x, _, states, pooled = train.encode_images(pipe, pairs, None, embeds)
+    forget, preserve = (x, torch.ones_like(x), states, pooled), (x, None, states, pooled)
+    train.add_lora(pipe.transformer, 4, seed=0)
+    for p in pipe.transformer.parameters():  # away from dS = 0
+        if p.requires_grad:
+            torch.nn.init.normal_(p, std=0.05, generator=torch.Generator().manual_seed(p.numel()))
+    gradients = []
+    for args.accumulate in (1, 2, 4):
+        for part in train.batch_of(0, forget, preserve, args, "cpu"):
+            (train.iteration(pipe.transformer, *part, args)[0] / args.accumulate).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in pipe.transformer.parameters() if p.requires_grad]))
+        pipe.transformer.zero_grad()
+    assert gradients[0].norm() > 0 and concept["task"] == "object"
+    for g in gradients[1:]:
+        torch.testing.assert_close(g, gradients[0], rtol=1e-3, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------ evaluation
+
+def test_evaluation_of_a_run(trained, capsys):
+    sys_args = ["--model", EMOJI, "--lora", str(trained), "--n", "4", "--sample-steps", "4"]
+    evaluate.main(evaluate.arguments(sys_args))
+    found = json.loads((trained / "evaluation.json").read_text())
+    assert {"target", "preserved", "never seen", "paraphrases", "partner in a pair"} <= found["figures"].keys()
+    assert all(0 <= c["low"] <= c["percent"] + 1e-9 for row in found["figures"].values() for c in row.values()
+               if not math.isnan(c["low"]))
+    assert found["locality"]["inside"] >= 0 and (trained / "evaluation.png").exists()
+    assert "target, guidance 5" in capsys.readouterr().out
+
+
+def test_corrupt_or_missing_lora_is_one_line(tmp_path, capsys):
+    ask = ["--model", EMOJI, "--concept", "cat", "--lora", str(tmp_path), "--n", "1", "--sample-steps", "1"]
+    assert "holds no" in refusal(lambda: evaluate.main(evaluate.arguments(ask)), capsys)
+    (tmp_path / WEIGHTS).write_bytes(b"12345678 not safetensors")
+    assert "does not load" in refusal(lambda: evaluate.main(evaluate.arguments(ask)), capsys)
+
+
+def test_wilson_interval():
+    assert evaluate.wilson(0, 100) == pytest.approx((0, 3.70), abs=0.01)
+    assert evaluate.wilson(50, 100) == pytest.approx((40.38, 59.62), abs=0.01)
+
+
+def test_clip_score_is_transformers_logits_over_the_scale():
+    images, texts = [scene_image([n])[0] for n in ("cat", "dog")], ["a picture of a cat", "a picture of a dog"]
+    model, processor = (c.from_pretrained(EMOJI + "/clip") for c in (evaluate.CLIPModel, evaluate.AutoProcessor))
+    model.float()
+    with torch.no_grad():
+        out = model(**processor(text=texts, images=images, padding="max_length", return_tensors="pt"))
+    wanted = 100 * out.logits_per_image.diag() / model.logit_scale.exp()
+    torch.testing.assert_close(evaluate.clip_scores(EMOJI + "/clip", images, texts, "cpu"), wanted, rtol=1e-4, atol=1e-3)
+
+
+def test_judge_answers_per_concept_on_pairs_and_empty_scenes():
+    ask = evaluate.clip_judge(EMOJI + "/clip", "cpu")
+    pair, empty = scene_image(["cat", "pizza"])[0], scene_image([])[0]
+    assert ask([pair, pair, pair, empty], ["a cat", "a pizza", "a truck", "a cat"]).tolist() == [True, True, False, False]
+
+
+# ------------------------------------------------------------------------------------------------ README
+
+def test_readme_holds_the_map_and_commands_that_exist():
+    text = (ROOT / "README.md").read_text()
+    printed = subprocess.run([sys.executable, "test_inpo.py"], cwd=ROOT, capture_output=True, text=True).stdout
+    assert printed.strip() and printed.strip() in text
+    for script, rest in re.findall(r"python (\w+)\.py (--[^\n#`]*)", text):
+        module = dict(train=train, sample=sample, mask=mask, evaluate=evaluate)[script]
+        module.arguments(rest.split())
