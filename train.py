@@ -30,33 +30,32 @@ def arguments(given=None):
     method.add_argument("--gamma", type=number(), help="sharpness of the gate, Eq. 14")
     method.add_argument("--tau", type=number(least=-math.inf, finite=False), help="margin of the gate; inf: no gate")
     method.add_argument("--beta", type=number(), default=1.0, help="Eq. 15, independent of eta (default 1)")
-    method.add_argument("--lambda-prior", type=number(least=-1e-12), help="weight of Eq. 16")
+    method.add_argument("--lambda-prior", type=number(strict=False), help="weight of Eq. 16")
     method.add_argument("--loss", choices=["inpo", "ga"], default="inpo", help="ga: gradient ascent, Eq. 4")
     method.add_argument("--mask", choices=["concept", "full"], default="concept", help="full: M = 1 (Table 4)")
     method.add_argument("--detach-gate", action="store_true", help="do not differentiate through alpha")
     recipe = parser.add_argument_group("training")
-    recipe.add_argument("--steps", type=number(int, 1), help="T (Table 6)")
+    recipe.add_argument("--steps", type=number(int), help="T (Table 6)")
     recipe.add_argument("--optimizer", choices=["prodigy", "adamw"], default="prodigy", help="default prodigy")
     recipe.add_argument("--lr", type=number(), help="default: 0.7 with prodigy (Table 6), 1e-3 with adamw")
     recipe.add_argument("--d0", type=number(), default=1e-6, help="Prodigy's first step size (default 1e-6)")
-    recipe.add_argument("--rank", type=number(int, 1), default=4, help="of the LoRA, alpha = rank (C.1: 4)")
-    recipe.add_argument("--batch", type=number(int, 1), default=4, help="forget images a step, and as many others")
-    recipe.add_argument("--accumulate", type=number(int, 1), default=1, help="split a step's batch into N passes")
-    recipe.add_argument("--guidance", type=number(least=-1e-12), default=3.5, help="guidance in training (default 3.5)")
+    recipe.add_argument("--rank", type=number(int), default=4, help="of the LoRA, alpha = rank (C.1: 4)")
+    recipe.add_argument("--batch", type=number(int), default=4, help="forget images a step, and as many others")
+    recipe.add_argument("--accumulate", type=number(int), default=1, help="split a step's batch into N passes")
+    recipe.add_argument("--guidance", type=number(strict=False), default=3.5, help="guidance in training (default 3.5)")
     recipe.add_argument("--noise", choices=["uniform", "logit-normal"], default="uniform", help="of sigma")
     sampling_flags(parser.add_argument_group("step 1 of Algorithm 1"))
     mask_flags(parser.add_argument_group("masks"))
     output = parser.add_argument_group("output")
     output.add_argument("--out", type=Path, help="default out/MODEL-CONCEPT, with -SEED where it is not 0")
-    output.add_argument("--save-every", type=number(int, 1), help="keep the LoRA of every N-th step (Figure 1)")
-    output.add_argument("--checkpoint-every", type=number(int, 1), default=50, help="default 50")
+    output.add_argument("--save-every", type=number(int), help="keep the LoRA of every N-th step (Figure 1)")
+    output.add_argument("--checkpoint-every", type=number(int), default=50, help="default 50")
     return parser.parse_args(given)
 
 
 ARGS = arguments() if __name__ == "__main__" else None  # before the slow imports, so that --help answers at once
 
 import contextlib  # noqa: E402
-import csv  # noqa: E402
 import os  # noqa: E402
 import time  # noqa: E402
 
@@ -125,41 +124,42 @@ def iteration(transformer, x, mask, states, pooled, sigma, eps, args):
     return loss, dict(S=S.detach(), S_ref=S_ref, dS=dS.detach(), alpha=alpha, prior=prior.detach())
 
 
-def encode_images(pipe, sets, masks, embeds):
-    """[(path, prompt)] -> packed latents x (N, L, D) and the text tensors of each; masks likewise, or None."""
+def encode_images(pipe, files, masks=None):
+    """Image files -> packed latents (N, L, D) and, from mask files, packed masks (N, L, D) in {0, 1}."""
     vae, xs, ms = pipe.vae, [], []
-    for path, _ in tqdm(sets, desc="encode images"):
-        image = pipe.image_processor.preprocess(open_image(path)).to(vae.device, vae.dtype)  # (1, 3, H, W)
+    for n, file in enumerate(tqdm(files, desc="encode images")):
+        image = open_image(file)
+        pixels = pipe.image_processor.preprocess(image).to(vae.device, vae.dtype)  # (1, 3, Y, X) in [-1, 1]
         with torch.no_grad():
-            x = vae.encode(image).latent_dist.mode().float()
-        x = (x - vae.config.shift_factor) * vae.config.scaling_factor  # (1, C, h, w)
-        _, c, h, w = x.shape
-        xs.append(FluxPipeline._pack_latents(x, 1, c, h, w))
+            x = vae.encode(pixels).latent_dist.mode().float().cpu()
+        x = (x - vae.config.shift_factor) * vae.config.scaling_factor  # (1, C, H, W)
+        xs.append(FluxPipeline._pack_latents(x, *x.shape))
         if masks:
-            m = torch.from_numpy(np.asarray(open_image(masks[path])) > 127)[None, None]  # (1, 1, H, W)
-            m = mask_to_latents(m, h, w).expand(1, c, h, w).float()
-            ms.append(FluxPipeline._pack_latents(m, 1, c, h, w))  # the same cells as the latents
-    states, pooled = (torch.stack([embeds[p][k] for _, p in sets]) for k in (0, 1))
-    return torch.cat(xs), torch.cat(ms) if masks else None, states, pooled
+            m = torch.from_numpy(np.asarray(open_image(masks[n], image.size)) > 127)[None, None]  # (1, 1, Y, X)
+            m = mask_to_latents(m, *x.shape[2:]).float().expand(x.shape)  # (1, C, H, W)
+            ms.append(FluxPipeline._pack_latents(m, *x.shape))  # onto the same cells as the latents
+    return torch.cat(xs), torch.cat(ms) if masks else None
 
 
-def batch_of(step, forget, preserve, args, device):
-    """The step's data, a function of (seed, step) alone: a resumed run sees what an uninterrupted one would."""
+def batch_of(step, forget, preserve, embeds, args, device):
+    """The step's data in args.accumulate parts, a function of (seed, step) alone: a resumed run sees the same.
+
+    forget is latents (N, L, D), masks (N, L, D), prompts; preserve is latents and prompts.
+    """
     rng = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-    i = torch.randperm(len(forget[0]), generator=rng)[:args.batch]
-    j = torch.randperm(len(preserve[0]), generator=rng)[:args.batch]
-    count = len(i) + len(j)
+    i = torch.randperm(len(forget[0]), generator=rng)[:args.batch].tolist()
+    j = torch.randperm(len(preserve[0]), generator=rng)[:args.batch].tolist()
     x = torch.cat([forget[0][i], preserve[0][j]])  # (2B, L, D)
-    eps = torch.randn(x.shape, generator=rng)  # eps ~ N(0, 1)
-    u = torch.rand(count, generator=rng) if args.noise == "uniform" else torch.randn(count, generator=rng).sigmoid()
-    mask = forget[1][i]  # (B, L, D)
-    states, pooled = (torch.cat([forget[k][i], preserve[k][j]]) for k in (2, 3))
-    parts = []
-    for k in range(args.accumulate):  # the gate is per sample: a split batch has the same gradient
-        rows = torch.cat([torch.arange(len(i))[k::args.accumulate], len(i) + torch.arange(len(j))[k::args.accumulate]])
-        part = x[rows], mask[k::args.accumulate], states[rows], pooled[rows], u[rows], eps[rows]
-        parts.append([t.to(device) for t in part])
-    return parts
+    prompts = [forget[2][k] for k in i] + [preserve[1][k] for k in j]
+    states, pooled = (torch.stack([embeds[p][k] for p in prompts]) for k in (0, 1))  # (2B, T, E), (2B, P)
+    eps = torch.randn(x.shape, generator=rng)  # (2B, L, D)  eps ~ N(0, 1)
+    sigma = torch.rand(len(x), generator=rng)  # (2B,)  sigma ~ U(0, 1), not shifted: the shift is the sampler's
+    if args.noise == "logit-normal":
+        sigma = torch.randn(len(x), generator=rng).sigmoid()  # (2B,)
+    for part in range(args.accumulate):  # the gate is per sample: a split batch has the same gradient
+        mine = list(range(part, len(i), args.accumulate))
+        rows = mine + [len(i) + k for k in mine if k < len(j)]
+        yield [t.to(device) for t in (x[rows], forget[1][i][mine], states[rows], pooled[rows], sigma[rows], eps[rows])]
 
 
 def save_lora(transformer, folder):
@@ -178,7 +178,7 @@ def add_lora(transformer, rank, seed):
     return [p for p in transformer.parameters() if p.requires_grad]
 
 
-def train(transformer, forget, preserve, args):
+def train(transformer, forget, preserve, embeds, args):
     """The loop. LoRA and optimiser state go to checkpoint.pt, one row a step to log.csv."""
     params = add_lora(transformer, args.rank, args.seed)
     if args.optimizer == "prodigy":
@@ -186,26 +186,31 @@ def train(transformer, forget, preserve, args):
                             use_bias_correction=True, safeguard_warmup=True)
     else:
         optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=1e-4)
-    checkpoint, log, start = args.out / "checkpoint.pt", args.out / "log.csv", 0
-    rows = []
+    checkpoint, start, rows = args.out / "checkpoint.pt", 0, []
     if checkpoint.exists():
-        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        try:
+            state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        except Exception:  # cut short or foreign: torch has many names for it
+            die(f"{checkpoint}: cannot be read; delete it to train from step 0", 1)
         set_peft_model_state_dict(transformer, state["lora"])
         optimizer.load_state_dict(state["optimizer"])
         start, rows = state["step"], state["rows"]
+    stop = f"{checkpoint} holds the last good state: lower --lr or --eta and use another --out"
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc="train")
     for step in bar:
         tick = time.perf_counter()
         seen = []
-        for x, mask, states, pooled, sigma, eps in batch_of(step, forget, preserve, args, transformer.device):
-            loss, info = iteration(transformer, x, mask, states, pooled, sigma, eps, args)
+        for x, mask, states, pooled, sigma, eps in batch_of(step, forget, preserve, embeds, args, transformer.device):
+            try:
+                loss, info = iteration(transformer, x, mask, states, pooled, sigma, eps, args)
+            except ValueError as error:  # inpo.py refuses NaN
+                die(f"step {step}: {error}; {stop}", 1)
             (loss / args.accumulate).backward()
             seen.append(info | dict(loss=loss.detach()[None], sigma=sigma[:len(mask)]))
         info = {k: torch.cat([s[k] for s in seen]).float().cpu() for k in seen[0]}
         norm = torch.nn.utils.get_total_norm([p.grad for p in params])
         if not math.isfinite(info["loss"].mean()) or not math.isfinite(norm):
-            die(f"step {step}: loss {info['loss'].mean():.4g}, gradient norm {norm:.4g}; {checkpoint} holds the last "
-                "good state: lower --lr or --eta and use another --out", 1)
+            die(f"step {step}: loss {info['loss'].mean():.4g}, gradient norm {norm:.4g}; {stop}", 1)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         d_lr = optimizer.param_groups[0].get("d", 1.0) * args.lr  # Prodigy's own step size
@@ -221,10 +226,8 @@ def train(transformer, forget, preserve, args):
             torch.save(dict(lora=get_peft_model_state_dict(transformer), optimizer=optimizer.state_dict(),
                             step=step + 1, rows=rows), half)
             os.replace(half, checkpoint)
-    with open(log, "w", newline="") as f:
-        writer = csv.DictWriter(f, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+            lines = [",".join(map(str, line)) for line in (rows[0], *(r.values() for r in rows))]
+            write_text(args.out / "log.csv", "\n".join(lines) + "\n")
     save_lora(transformer, args.out)
     return rows
 
@@ -269,7 +272,8 @@ def main(args):
             setattr(args, key, value)
     if args.batch % args.accumulate:
         die(f"--accumulate {args.accumulate} does not divide --batch {args.batch}")
-    check_settings(args.out / "args.json", args, ignore=("out", "save_every", "checkpoint_every", "device"))
+    apart = ("out", "device", "save_every", "checkpoint_every")  # what a resumed run may change
+    check_settings(args.out / "args.json", {k: v for k, v in vars(args).items() if k not in apart}, f"--out {args.out}")
     groups = dict(target=concept["eval"], neighbours=concept["neighbours"], unrelated=concept["unrelated"])
     if concept["task"] != "style":
         groups["pairs"] = [f"{concept['concept'][0]} and {o}" for o in concept["unrelated"] + concept["unseen"]]
@@ -278,13 +282,13 @@ def main(args):
     embeds = encode_prompts(args.model, wanted, args.device, args.dtype)
     pipe = load_denoiser(args.model, args.device, args.dtype)
     forget_set, preserve_set = sample_all(pipe, embeds, concept, args)  # Algorithm 1, step 1
-    kept = set(make_masks([path for path, _ in forget_set], concept, args))
-    forget_set = [(p, t) for p, t in forget_set if p in kept]
-    forget = list(encode_images(pipe, forget_set, {p: p.with_suffix(".mask.png") for p in kept}, embeds))
-    if args.mask == "full":
-        forget[1] = torch.ones_like(forget[1])
-    preserve = encode_images(pipe, preserve_set, None, embeds)
-    rows = train(pipe.transformer, forget, preserve, args)  # Algorithm 1, lines 2 to 6
+    kept = make_masks([file for file, _ in forget_set], concept, args)
+    if len(kept) < args.batch:
+        die(f"only {len(kept)} forget images have a mask, fewer than --batch {args.batch}: raise --n-forget", 1)
+    x, mask = encode_images(pipe, kept, [file.with_suffix(".mask.png") for file in kept])
+    forget = x, torch.ones_like(mask) if args.mask == "full" else mask, [dict(forget_set)[file] for file in kept]
+    preserve = encode_images(pipe, [file for file, _ in preserve_set])[0], [prompt for _, prompt in preserve_set]
+    rows = train(pipe.transformer, forget, preserve, embeds, args)  # Algorithm 1, lines 2 to 6
     draw_curves(rows, args.out / "curves.png")
     draw_before_after(pipe, embeds, groups, args.out / "before_after.png", args)
     print(f"{args.out}: dS {rows[-1]['dS']:.2f}; look at before_after.png and curves.png")

@@ -293,7 +293,7 @@ def detector_loss(owl, average, step, rng, batch=32):
     scenes = [world.draw(rng, opacity=rng.uniform(0.5, 1) if rng.random() < 0.2 else 1.0) for _ in range(batch)]
     x = torch.stack([worn(s, rng) for s in scenes])
     asked = [world.phrase(n) for n in world.NAMES] + ["a painting"]
-    tokens = fit.tokenizer([f"a photo of {a}" for a in asked], padding="max_length", return_tensors="pt").input_ids
+    tokens = fit.tokenizer(asked, padding="max_length", return_tensors="pt").input_ids
     text = owl.owlv2.get_text_features(tokens).pooler_output  # (58, 64)
     features, _ = owl.image_embedder(x)  # (B, 8, 8, 128)
     flat = features.flatten(1, 2)  # (B, 64, 128)
@@ -324,6 +324,12 @@ def train_detector(args):
     config = Owlv2Config(text_config=text_config(Owlv2TextConfig, fit.tokenizer, 64, 1).to_dict(),
                          vision_config=vision_config(Owlv2VisionConfig, 4).to_dict(), projection_dim=64)
     owl = Owlv2ForObjectDetection(config)
+    for layer in [m for head in (owl.class_head, owl.box_head) for m in head.modules() if isinstance(m, nn.Linear)]:
+        nn.init.xavier_uniform_(layer.weight)  # the library's N(0, 1) saturates the boxes for good
+        nn.init.zeros_(layer.bias)
+    nn.init.zeros_(owl.box_head.dense2.weight)
+    nn.init.constant_(owl.class_head.logit_shift.bias, -0.6)  # logits start at (cos - 0.6) * 11
+    nn.init.constant_(owl.class_head.logit_scale.bias, 10.0)
     known = CLIPModel.from_pretrained(HERE / "clip", dtype=torch.float32).vision_model.state_dict()
     owl.owlv2.vision_model.load_state_dict({k.replace("layrnorm", "layernorm"): v for k, v in known.items()})
     owl = fit("detector", owl, detector_loss, args.steps or 3500, args, lr=2e-3)
