@@ -1,10 +1,10 @@
 """The concept masks M of section 3.2: where in each forget image the concept is.
 
-    python mask.py --model emoji-flux --concept cat     # masks what sample.py drew; out/emoji-flux-cat/masks.png
+    python mask.py --model emoji-flux --concept cat    # after sample.py; draws out/emoji-flux-cat/masks.png
 
-Words -> boxes by an open-vocabulary detector -> SAM -> the union of all instances. A style's mask is the whole framed
-picture (C.1); nudity's (by NudeNet) and any other nsfw concept's are the detected regions, as rectangles. An image in
-which nothing is found is dropped and counted: no image ever gets an empty or a full mask instead.
+Words -> boxes by an open-vocabulary detector -> SAM -> the union of all instances. A style's mask is the
+whole framed picture (C.1); nudity's (by NudeNet) and any other nsfw concept's are the detected regions, as
+rectangles. An image in which nothing is found is dropped and counted, it never gets an empty or full mask.
 """
 import argparse
 from functools import partial
@@ -13,26 +13,28 @@ from sample import model_flags
 
 
 def mask_flags(parser):
-    parser.add_argument("--detector", help="OWLv2 or GroundingDINO (default: the model's detector/, else OWLv2 base)")
-    parser.add_argument("--sam", help="a SAM checkpoint, .pth (default: the model's sam.pth, else the published ViT-H)")
+    parser.add_argument("--detector", help="OWLv2 or GroundingDINO (default: the model's own, else OWLv2)")
+    parser.add_argument("--sam", help="a .pth, file or URL (default: the model's own, else SAM's ViT-H)")
     parser.add_argument("--threshold", type=float, default=0.2, help="least score of a box (default 0.2)")
-    parser.add_argument("--min-found", type=float, default=0.5, help="least share of images with a mask (default 0.5)")
+    parser.add_argument("--min-found", type=float, default=0.5, help="least share with a mask (default 0.5)")
 
 
 def arguments(given=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     model_flags(parser)
     mask_flags(parser)
     return parser.parse_args(given)
 
 
-ARGS = arguments() if __name__ == "__main__" else None  # before the slow imports, so that --help answers at once
+ARGS = arguments() if __name__ == "__main__" else None  # before the slow imports: --help answers at once
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 from segment_anything import SamPredictor  # noqa: E402
-from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer  # noqa: E402
+from segment_anything.modeling import (ImageEncoderViT, MaskDecoder, PromptEncoder, Sam,  # noqa: E402
+                                       TwoWayTransformer)
 from torchvision.ops import nms  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor  # noqa: E402
@@ -45,33 +47,33 @@ def build_sam(img_size, patch, width, depth, heads, global_blocks, window, decod
     grid = img_size // patch
     return Sam(
         ImageEncoderViT(img_size=img_size, patch_size=patch, embed_dim=width, depth=depth, num_heads=heads,
-                        norm_layer=partial(torch.nn.LayerNorm, eps=1e-6), use_rel_pos=True, window_size=window,
-                        global_attn_indexes=global_blocks, out_chans=decoder_width),
-        PromptEncoder(embed_dim=decoder_width, image_embedding_size=(grid, grid),
-                      input_image_size=(img_size, img_size), mask_in_chans=16),
+                        global_attn_indexes=global_blocks, window_size=window, out_chans=decoder_width,
+                        norm_layer=partial(torch.nn.LayerNorm, eps=1e-6), use_rel_pos=True),
+        PromptEncoder(embed_dim=decoder_width, image_embedding_size=(grid, grid), mask_in_chans=16,
+                      input_image_size=(img_size, img_size)),
         MaskDecoder(num_multimask_outputs=3, transformer_dim=decoder_width, iou_head_hidden_dim=decoder_width,
                     transformer=TwoWayTransformer(2, decoder_width, num_heads=8, mlp_dim=decoder_mlp)),
         pixel_mean=[123.675, 116.28, 103.53], pixel_std=[58.395, 57.12, 57.375])
 
 
 def load_sam(weights):
-    """SAM from a state dict, its architecture read off the tensors' shapes: ViT-B, L, H or emoji-flux's own."""
-    encoder = {k.removeprefix("image_encoder."): v for k, v in weights.items() if k.startswith("image_encoder.")}
-    depth = 1 + max(int(k.split(".")[1]) for k in encoder if k.startswith("blocks."))
-    _, grid, _, width = encoder["pos_embed"].shape
-    patch = encoder["patch_embed.proj.weight"].shape[-1]
-    positions = [encoder[f"blocks.{i}.attn.rel_pos_h"] for i in range(depth)]  # (2 span - 1, head width) each
+    """SAM from a state dict, its architecture read off the shapes: ViT-B, L, H or emoji-flux's own."""
+    _, grid, _, width = weights["image_encoder.pos_embed"].shape
+    patch = weights["image_encoder.patch_embed.proj.weight"].shape[-1]
+    depth = sum(k.endswith("attn.rel_pos_h") for k in weights)
+    positions = [weights[f"image_encoder.blocks.{i}.attn.rel_pos_h"] for i in range(depth)]  # (2 span - 1, D)
     spans = [(len(p) + 1) // 2 for p in positions]
-    windows = {s for s in spans if s != grid}
-    sam = build_sam(grid * patch, patch, width, depth, width // positions[0].shape[1],
-                    [i for i, s in enumerate(spans) if s == grid], windows.pop() if windows else 0,
-                    len(encoder["neck.0.weight"]), len(weights["mask_decoder.transformer.layers.0.mlp.lin1.weight"]))
+    window = min(spans) if min(spans) < grid else 0  # a span is the grid or the window; 0: no windows
+    sam = build_sam(grid * patch, patch, width, depth, heads=width // positions[0].shape[1],
+                    global_blocks=[i for i, s in enumerate(spans) if s == grid], window=window,
+                    decoder_width=len(weights["image_encoder.neck.0.weight"]),
+                    decoder_mlp=len(weights["mask_decoder.transformer.layers.0.mlp.lin1.weight"]))
     sam.load_state_dict(weights)
     return sam.eval()
 
 
 def detect(images, words, name, threshold, device):
-    """PIL images -> for each a float array (N, 4) of x0, y0, x1, y1 in pixels: every instance of any of the words."""
+    """PIL images -> for each, float (N, 4) of x0, y0, x1, y1 in pixels: all instances of any of the words."""
     processor = AutoProcessor.from_pretrained(name)
     model = AutoModelForZeroShotObjectDetection.from_pretrained(name, dtype=torch.float32).to(device).eval()
     found = []
@@ -79,10 +81,10 @@ def detect(images, words, name, threshold, device):
         inputs = processor(text=[words], images=image, return_tensors="pt").to(device)
         with torch.no_grad():
             outputs = model(**inputs)
-        boxes = processor.post_process_grounded_object_detection(
+        result = processor.post_process_grounded_object_detection(
             outputs, threshold=threshold, target_sizes=[image.size[::-1]])[0]
-        kept = nms(boxes["boxes"], boxes["scores"], 0.7)  # many patches see one thing
-        found.append(boxes["boxes"][kept].cpu().numpy())
+        kept = nms(result["boxes"], result["scores"], 0.5)  # many patches see one thing; best first
+        found.append(result["boxes"][kept].cpu().numpy())  # (N, 4)
     return found
 
 
@@ -103,7 +105,7 @@ def detect_nudity(images, threshold):
 
 
 def fill(boxes, size):
-    """The union of boxes as filled rectangles -> bool (H, W)."""
+    """The union of boxes (N, 4) as filled rectangles, in an image of size (W, H) -> bool (H, W)."""
     mask = np.zeros(size[::-1], bool)
     for x0, y0, x1, y1 in boxes.round().astype(int).clip(0):
         mask[y0:y1, x0:x1] = True
@@ -119,8 +121,8 @@ def find_masks(images, concept, args):
     if concept["task"] not in ("object", "ip"):
         yield from (fill(found, image.size) for found, image in zip(boxes, images))
         return
-    weights = (torch.hub.load_state_dict_from_url(args.sam, map_location="cpu") if "://" in args.sam
-               else torch.load(args.sam, map_location="cpu", weights_only=True))
+    load = torch.hub.load_state_dict_from_url if "://" in args.sam else torch.load
+    weights = load(args.sam, map_location="cpu", weights_only=True)
     predictor = SamPredictor(load_sam(weights).to(args.device))  # fp32: SAM fails in bf16
     for found, image in zip(boxes, tqdm(images, desc="segment")):
         mask = np.zeros(image.size[::-1], bool)
@@ -132,17 +134,18 @@ def find_masks(images, concept, args):
 
 
 def make_masks(files, concept, args):
-    """Write NAME.mask.png beside each image and overlays to masks.png -> the files in which something was found."""
+    """Write NAME.mask.png beside each image, and masks.png -> the files in which something was found."""
     masks = {f: f.with_suffix(".mask.png") for f in files}
     images = {f: open_image(f) for f in files}
     todo = [f for f in files if not masks[f].exists()]
-    if todo:
+    if todo:  # find_masks loads its networks even for none
         for file, mask in zip(todo, find_masks([images[f] for f in todo], concept, args)):
             save_image(Image.fromarray(mask), masks[file])  # an empty one records that nothing was found
     found = {f: np.asarray(open_image(masks[f], images[f].size)) > 127 for f in files}
     kept = [f for f in files if found[f].any()]
     area = np.mean([found[f].mean() for f in kept]) if kept else 0
-    print(f"masks: {' / '.join(concept['detect'])} found in {len(kept)} of {len(files)} images, mean area {area:.1%}")
+    what = " / ".join(concept["detect"])
+    print(f"masks: {what} found in {len(kept)} of {len(files)} images, mean area {area:.1%}")
     overlays = []
     for file in files[:50]:
         pixels = np.array(images[file])
@@ -150,8 +153,9 @@ def make_masks(files, concept, args):
         overlays += [images[file], Image.fromarray(pixels)]
     contact_sheet(overlays, args.out / "masks.png")
     if len(kept) < args.min_found * len(files):
-        die(f"nothing found in {len(files) - len(kept)} of {len(files)} images, see {args.out / 'masks.png'}: "
-            "lower --threshold, mend detect: in the prompt file, or lower --min-found", 1)
+        missed, sheet = len(files) - len(kept), args.out / "masks.png"
+        die(f"nothing found in {missed} of {len(files)} images, see {sheet}: "
+            "lower --min-found, or delete *.mask.png and lower --threshold or mend the file's detect:", 1)
     return kept
 
 

@@ -1,7 +1,7 @@
 """Step 1 of Algorithm 1: sample the forget set and the preserve set from the frozen model.
 
-    python sample.py --model emoji-flux --concept cat         # 50 + 200 images and samples.png in out/emoji-flux-cat
-    python sample.py --concept pikachu --n-forget 100         # FLUX.1-dev; images that are there stay as they are
+    python sample.py --model emoji-flux --concept cat     # 50 + 200 images, out/emoji-flux-cat/samples.png
+    python sample.py --concept pikachu --n-forget 100     # FLUX.1-dev; what is there stays as it is
 
 The other scripts import from here: flags, prompt files, the filter, the pre-flight check, drawing one batch.
 """
@@ -17,7 +17,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
-HUB = dict(detector=("detector", "google/owlv2-base-patch16-ensemble"),  # flag -> in the model's folder, else on the hub
+# flag -> where it is in the model's folder, else on the hub
+HUB = dict(detector=("detector", "google/owlv2-base-patch16-ensemble"),
            sam=("sam.pth", "https://dl.fbaipublicfiles.com/segment_anything/sam_vit_h_4b8939.pth"),
            judge=("clip", "llava-hf/llava-1.5-7b-hf"), clip=("clip", "openai/clip-vit-base-patch32"))
 
@@ -29,44 +30,45 @@ def die(message, code=2):
 
 
 def number(kind=float, least=0.0, strict=True, finite=True):
-    """An argparse type: a number above `least`, or from it on if not strict; NaN never, infinity only if not finite."""
+    """An argparse type: a number above `least`, or from it on if not strict; never NaN."""
     def parse(text):
         value = kind(text)
         if not value >= least or (strict and value == least) or (finite and math.isinf(value)):
-            raise argparse.ArgumentTypeError(f"{text} must be {'>' if strict else '>='} {least:g}, and finite")
+            raise argparse.ArgumentTypeError(f"{text} is not {'>' if strict else '>='} {least:g} and finite")
         return value
     parse.__name__ = kind.__name__  # argparse then says "invalid float value: 'x'"
     return parse
 
 
 def model_flags(parser, needs_concept=True):
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.error = die  # one line, without the usage
     parser.add_argument("--model", default="black-forest-labs/FLUX.1-dev",
                         help="a FluxPipeline: hub id or folder (default %(default)s)")
     parser.add_argument("--concept", required=needs_concept, help="the name of a prompt file")
     parser.add_argument("--seed", type=int, default=0, help="default 0")
     parser.add_argument("--device", choices=["cpu", "cuda", "mps"], help="default: cuda where there is one")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on cuda, else float32")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on cuda")
 
 
 def sampling_flags(parser):
-    parser.add_argument("--size", type=number(int), help="pixels, the side of an image (default: the VAE's sample_size)")
-    parser.add_argument("--n-forget", type=number(int), default=50, help="N_ES, unstated in the paper (default 50)")
-    parser.add_argument("--n-preserve", type=number(int), default=25, help="images a preserved concept (C.1: 25)")
+    parser.add_argument("--size", type=number(int), help="pixels a side (default: the VAE's sample_size)")
+    parser.add_argument("--n-forget", type=number(int), default=50, help="N_ES, unstated (default 50)")
+    parser.add_argument("--n-preserve", type=number(int), default=25, help="images a concept (C.1: 25)")
     parser.add_argument("--sample-steps", type=number(int), default=28, help="denoising steps (default 28)")
     parser.add_argument("--sample-guidance", type=number(strict=False), default=3.5, help="default 3.5")
-    parser.add_argument("--sample-batch", type=number(int), default=5, help="images at once, in fixed groups (default 5)")
+    parser.add_argument("--sample-batch", type=number(int), default=5, help="images at once (default 5)")
 
 
 def arguments(given=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__)
     model_flags(parser)
     sampling_flags(parser)
     parser.add_argument("--out", type=Path, help="default out/MODEL-CONCEPT, with -SEED where it is not 0")
     return parser.parse_args(given)
 
 
-ARGS = arguments() if __name__ == "__main__" else None  # before the slow imports, so that --help answers at once
+ARGS = arguments() if __name__ == "__main__" else None  # before the slow imports: --help answers at once
 
 import psutil  # noqa: E402
 import torch  # noqa: E402
@@ -77,12 +79,13 @@ from PIL import Image, ImageDraw  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 # the one filter of everything that is ever generated; "kidney", "kidding", "girlfriend" and "cowboy" pass
-TENS = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen"
 MINORS = re.compile(
-    r"\b(child(ren|hood|like)?|kid(s|do|dos)?|(school)?(girl|boy)s?|(pre)?teen(s|aged?|agers?)?|bab(y|ies)|infants?"
-    r"|toddlers?|newborns?|minors|underaged?|juveniles?|adolescents?|youngsters?|lolis?|shotas?|lolicon|shotacon"
-    r"|kindergart\w+|preschool\w*|(elementary|primary|middle|high) school\w*|(ages?|aged)( of)?:? *([1-9]|1[0-7])"
-    r"|([1-9]|1[0-7]) *-? *(y/?o|(year|yr)s?([ -]*olds?)?)|(" + TENS.replace(" ", "|") + r")[ -]years?[ -]olds?)\b", re.I)
+    r"\b(child(ren|hood|like)?|kid(s|do|dos)?|(school)?(girl|boy)s?|(pre)?teen(s|aged?|agers?)?|bab(y|ies)"
+    r"|infants?|toddlers?|newborns?|minors|underaged?|juveniles?|adolescents?|youngsters?|loli(s|con)?"
+    r"|shota(s|con)?|kindergart\w+|preschool\w*|(elementary|primary|middle|high) school\w*"
+    r"|(ages?|aged)( of)?:? *([1-9]|1[0-7])|([1-9]|1[0-7]) *-? *(y/?o|(year|yr)s?([ -]*olds?)?)"
+    r"|(one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|thirteen|fourteen|fifteen|sixteen"
+    r"|seventeen)[ -]years?[ -]olds?)\b", re.IGNORECASE)
 
 
 def guarded(main, args):
@@ -105,11 +108,12 @@ def allowed(prompts, what):
 
 
 def load_concept(model, name):
-    """Read NAME.txt (its format: README.md), from the model's own prompts/ or ours -> dict of strings and lists."""
+    """Read NAME.txt (format: README.md) from the model's prompts/ or ours -> dict of strings and lists."""
     folder = Path(model) / "prompts" if (Path(model) / "prompts").is_dir() else ROOT / "prompts"
     path, known = folder / f"{name}.txt", sorted(p.stem for p in folder.glob("*.txt"))
     if name not in known:
-        die(f"--concept {name}: known are {', '.join(known)}; for another write {path} (README: a concept is a file)")
+        die(f"--concept {name}: known are {', '.join(known)}; for another write {path} "
+            "(README: a concept is a file)")
     found, section = dict(name=name), None
     for line in filter(None, map(str.strip, path.read_text(encoding="utf-8").splitlines())):
         if line.startswith("["):
@@ -121,7 +125,7 @@ def load_concept(model, name):
             found[key] = value.strip() if key == "task" else [v.strip() for v in value.split(",")]
     lists = ("train", "eval", "paraphrases", "preserve")
     found |= {k: allowed(found.get(k, []), f"{path} [{k}]") for k in lists}
-    for key in ("task", "concept", "detect", "neighbours", "unrelated", "unseen", "backgrounds", "styles", *lists):
+    for key in "task concept detect neighbours unrelated unseen backgrounds styles".split() + list(lists):
         if not found.get(key):
             die(f"{path}: has no {key} (README: a concept is a file)")
     if found["task"] not in ("object", "ip", "style", "nsfw"):
@@ -130,13 +134,13 @@ def load_concept(model, name):
 
 
 def check_model(model, device, dtype, size=None):
-    """Refuse, in this order: not here and no network; no licence; does not fit; size -> the image size in pixels.
+    """Refuse, in this order: not here and no network; no licence; does not fit; size -> pixels a side.
 
     No weights are downloaded. What must fit is the largest of their folders: the stages load one at a time.
     """
     instead = "what runs here and now: python train.py --model emoji-flux --concept cat"
     try:
-        folder = Path(model) if Path(model).is_dir() else Path(snapshot_download(model, local_files_only=True))
+        folder = Path(model if Path(model).is_dir() else snapshot_download(model, local_files_only=True))
     except (OSError, HFValidationError):
         folder = None
     if folder:
@@ -151,13 +155,15 @@ def check_model(model, device, dtype, size=None):
             HfApi().auth_check(model)
             config = Path(hf_hub_download(model, "vae/config.json"))
         except GatedRepoError:
-            die(f"--model {model}: accept its licence on https://huggingface.co/{model}, then hf auth login; {instead}")
+            die(f"--model {model}: accept its licence on https://huggingface.co/{model}, "
+                f"then hf auth login; {instead}")
         except (RepositoryNotFoundError, HFValidationError):
             die(f"--model {model}: neither a folder here nor a model on the hub; {instead}")
         except Exception as error:  # every HTTP stack has a class of its own for "no network"
-            die(f"--model {model}: no folder here, not cached, and the hub cannot be reached ({type(error).__name__}): "
-                f"connect, or pass a folder; {instead}")
-        files = {f.rfilename: f.size for f in info.siblings if re.fullmatch(r"[^/]+/[^/]+\.safetensors", f.rfilename)}
+            die(f"--model {model}: no folder here, not cached, and the hub cannot be reached "
+                f"({type(error).__name__}): connect, or pass a folder; {instead}")
+        files = {f.rfilename: f.size for f in info.siblings
+                 if re.fullmatch(r"[^/]+/[^/]+\.safetensors", f.rfilename)}
     need = {}
     for name, n_bytes in files.items():  # on disk a weight is two bytes
         part = name.split("/")[0]
@@ -167,8 +173,8 @@ def check_model(model, device, dtype, size=None):
     if part is None or not config.exists():
         die(f"--model {model}: has no */*.safetensors or no vae/config.json; {instead}")
     if need[part] > free:
-        die(f"--model {model}: its {part} needs {need[part] / 2**30:.2f} GiB in {str(dtype)[6:]}, {device} has "
-            f"{free / 2**30:.2f} GiB free; {instead}")
+        die(f"--model {model}: its {part} needs {need[part] / 2**30:.2f} GiB in {str(dtype)[6:]}, "
+            f"{device} has {free / 2**30:.2f} GiB free; {instead}")
     vae = json.loads(config.read_text())
     size, step = size or vae["sample_size"], 2 * 2 ** (len(vae["block_out_channels"]) - 1)
     if size % step:
@@ -177,7 +183,7 @@ def check_model(model, device, dtype, size=None):
 
 
 def setup(args):
-    """Fill in what the flags left open and refuse what cannot work, before anything is written -> the concept."""
+    """Fill in what the flags left open, refuse what cannot work before anything is written -> the concept."""
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     args.dtype = getattr(torch, args.dtype or ("bfloat16" if args.device == "cuda" else "float32"))
     concept = load_concept(args.model, args.concept)
@@ -194,16 +200,19 @@ def setup(args):
 
 def check_settings(path, settings, what):
     """Write settings, versions and commit to a json file; refuse one that other settings have written."""
-    settings = {k: v if isinstance(v, (int, float, list, type(None))) else str(v) for k, v in settings.items()}
+    plain = (int, float, list, type(None))
+    settings = {k: v if isinstance(v, plain) else str(v) for k, v in settings.items()}
     if path.exists():
         made = json.loads(path.read_text())["settings"]
         for key in sorted(settings.keys() | made.keys()):
             if made.get(key) != settings.get(key):
-                die(f"{what}: was made with {key} = {made.get(key)}, not {settings.get(key)}; use another --out")
+                die(f"{what}: was made with {key} = {made.get(key)}, not {settings.get(key)}: "
+                    "use another --out")
     path.parent.mkdir(parents=True, exist_ok=True)
-    versions = {name: version(name) for name in ("torch", "diffusers", "transformers", "peft", "segment-anything")}
-    commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    write_text(path, json.dumps(dict(settings=settings, versions=versions, commit=commit), indent=1))
+    versions = {name: version(name) for name in ("torch", "diffusers", "transformers", "peft")}
+    git = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True)
+    record = dict(settings=settings, versions=versions, commit=git.stdout.strip())
+    write_text(path, json.dumps(record, indent=1))
 
 
 def write_text(path, text):
@@ -242,7 +251,7 @@ def contact_sheet(images, path, columns=10, side=96, titles=()):
 
 
 def encode_prompts(model, prompts, device, dtype):
-    """{prompt: (T5 states (T, E), pooled CLIP state (P,))} on the CPU; the text encoders are freed on return."""
+    """{prompt: (T5 states (T, E), pooled CLIP state (P,))} on the CPU; the encoders are freed on return."""
     pipe = FluxPipeline.from_pretrained(model, transformer=None, vae=None, dtype=dtype).to(device)
     length = pipe.tokenizer_2.model_max_length
     found = {}
@@ -270,24 +279,26 @@ def seed_of(seed, concept, index):
 
 def generate(pipe, embeds, prompts, seeds, steps, guidance, size):
     """One batch -> list of PIL images, each a function of its own prompt and seed but for rounding."""
-    states, pooled = (torch.stack([embeds[p][k] for p in prompts]).to(pipe.transformer.device) for k in (0, 1))
+    device = pipe.transformer.device
+    states, pooled = (torch.stack([embeds[p][k] for p in prompts]).to(device) for k in (0, 1))
     noise = [torch.Generator().manual_seed(s) for s in seeds]
     return pipe(prompt_embeds=states, pooled_prompt_embeds=pooled, generator=noise, num_inference_steps=steps,
                 guidance_scale=guidance, height=size, width=size).images
 
 
 def sample_set(pipe, embeds, folder, concept, prompts, count, args):
-    """Fill folder with 000.png ... and manifest.json -> [(path, prompt)]; images that are there stay as they are.
+    """Fill folder with 000.png ... and manifest.json -> [(path, prompt)]; what is there stays as it is.
 
     They are made in whole groups of args.sample_batch, so that their number cannot change their rounding.
     """
     group = args.sample_batch
     check_settings(folder / "settings.json", dict(
-        model=args.model, concept=concept, prompts=prompts, seed=args.seed, size=args.size, steps=args.sample_steps,
-        guidance=args.sample_guidance, group=group, dtype=args.dtype), folder)
+        model=args.model, concept=concept, prompts=prompts, seed=args.seed, size=args.size, group=group,
+        steps=args.sample_steps, guidance=args.sample_guidance, dtype=args.dtype), folder)
     rows = [(folder / f"{i:03}.png", prompts[i % len(prompts)], seed_of(args.seed, concept, i))
             for i in range(-(-count // group) * group)]
-    write_text(folder / "manifest.json", json.dumps([dict(file=f.name, prompt=p, seed=s) for f, p, s in rows[:count]]))
+    manifest = [dict(file=f.name, prompt=p, seed=s) for f, p, s in rows[:count]]
+    write_text(folder / "manifest.json", json.dumps(manifest, indent=1))
     for first in range(0, count, group):
         if not all(f.exists() for f, _, _ in rows[first:min(first + group, count)]):
             files, texts, seeds = zip(*rows[first:first + group])
@@ -302,9 +313,12 @@ def sample_all(pipe, embeds, concept, args):
     preserve = []
     for other in tqdm(concept["neighbours"] + concept["unrelated"], desc="sample preserve set"):
         prompts = [t.replace("{}", other) for t in concept["preserve"]]
-        preserve += sample_set(pipe, embeds, args.out / "preserve" / other, other, prompts, args.n_preserve, args)
-    forget = sample_set(pipe, embeds, args.out / "forget", concept["name"], concept["train"], args.n_forget, args)
-    contact_sheet([open_image(p) for p, _ in forget[:16] + preserve[::-(-args.n_preserve // 2)]], args.out / "samples.png", 8)
+        folder = args.out / "preserve" / other
+        preserve += sample_set(pipe, embeds, folder, other, prompts, args.n_preserve, args)
+    folder = args.out / "forget"
+    forget = sample_set(pipe, embeds, folder, concept["name"], concept["train"], args.n_forget, args)
+    shown = forget[:16] + preserve[::-(-args.n_preserve // 2)]  # two images of each preserved concept
+    contact_sheet([open_image(path) for path, _ in shown], args.out / "samples.png", 8)
     return forget, preserve
 
 

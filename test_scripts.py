@@ -18,6 +18,12 @@ import torch
 from diffusers import FluxPipeline
 from PIL import Image
 from safetensors.torch import load_file
+from segment_anything import sam_model_registry
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (BertConfig, BertTokenizer, CLIPImageProcessor, CLIPVisionConfig,
+                          GroundingDinoConfig, GroundingDinoForObjectDetection, GroundingDinoImageProcessor,
+                          GroundingDinoProcessor, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration,
+                          LlavaProcessor, PreTrainedTokenizerFast, SwinConfig)
 
 import evaluate
 import mask
@@ -29,13 +35,14 @@ EMOJI = str(ROOT / "emoji-flux")
 sys.path.insert(0, EMOJI)
 import world  # noqa: E402
 
-SMALL = ["--n-forget", "10", "--n-preserve", "2", "--sample-steps", "6", "--steps", "12", "--checkpoint-every", "5",
-         "--optimizer", "adamw", "--min-found", "0.2"]
+SMALL = ("--n-forget 10 --n-preserve 2 --sample-steps 6 --steps 12 --checkpoint-every 5 --optimizer adamw "
+         "--min-found 0.2").split()
 WEIGHTS = "pytorch_lora_weights.safetensors"
 
 
 def run_train(out, *more, concept="cat"):
-    train.guarded(train.main, train.arguments(["--model", EMOJI, "--concept", concept, "--out", str(out), *SMALL, *more]))
+    given = ["--model", EMOJI, "--concept", concept, "--out", str(out), *SMALL, *more]
+    train.guarded(train.main, train.arguments(given))
 
 
 def refusal(call, capsys, code=2):
@@ -61,26 +68,28 @@ def scene_image(names, seed=0, **given):
     return Image.fromarray(scene["image"]), scene
 
 
-# ------------------------------------------------------------------------------------------------ before work starts
+# -------------------------------------------------------------------------------- before work starts
 
 @pytest.mark.parametrize("script", ["inpo", "sample", "mask", "train", "evaluate"])
 def test_help_answers_at_once(script):
     best = math.inf
     for _ in range(3):
         start = time.perf_counter()
-        done = subprocess.run([sys.executable, f"{script}.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+        command = [sys.executable, f"{script}.py", "--help"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         best = min(best, time.perf_counter() - start)
     assert done.returncode == 0 and "usage" in done.stdout
     assert best < 2
 
 
 @pytest.mark.parametrize("flags, named", [
-    (["--eta", "0"], "--eta"), (["--gamma", "-1"], "--gamma"), (["--beta", "nan"], "--beta"), (["--lr", "inf"], "--lr"),
-    (["--tau", "nan"], "--tau"), (["--steps", "0"], "--steps"), (["--batch", "0"], "--batch"), (["--rank", "0"], "--rank"),
-    (["--size", "60"], "--size"), (["--accumulate", "3"], "--accumulate"), (["--concept", "kat"], "kat"),
-    (["--model", "prompts"], "FluxPipeline"), (["--lambda-prior", "-1"], "--lambda-prior")])
-def test_bad_input_is_one_line_and_writes_nothing(flags, named, tmp_path, capsys):
-    line = refusal(lambda: run_train(tmp_path / "out", *flags), capsys)
+    ("--eta 0", "--eta"), ("--gamma -1", "--gamma"), ("--beta nan", "--beta"), ("--lr inf", "--lr"),
+    ("--tau nan", "--tau"), ("--steps 0", "--steps"), ("--batch 0", "--batch"), ("--rank 0", "--rank"),
+    ("--size 60", "--size"), ("--accumulate 3", "--accumulate"), ("--concept kat", "kat"),
+    ("--model docs", "FluxPipeline"), ("--lambda-prior -1", "--lambda-prior"), ("--eta one", "--eta")])
+def test_bad_input_is_one_line_and_writes_nothing(flags, named, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    line = refusal(lambda: run_train(tmp_path / "out", *flags.split()), capsys)
     assert named in line
     assert not (tmp_path / "out").exists()
 
@@ -97,7 +106,8 @@ def test_unknown_concept_lists_the_known_ones(tmp_path, capsys):
 def test_flux_without_network_says_what_runs_here(tmp_path):
     where = os.environ | dict(HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
     start = time.perf_counter()
-    command = [sys.executable, "train.py", *"--concept pikachu --eta 1 --gamma 3 --tau 0.1".split(), "--out", tmp_path / "o"]
+    flags = "--concept pikachu --eta 1 --gamma 3 --tau 0.1 --out".split()
+    command = [sys.executable, "train.py", *flags, tmp_path / "o"]
     done = subprocess.run(command, cwd=ROOT, env=where, capture_output=True, text=True)
     assert time.perf_counter() - start < 20
     assert done.returncode == 2 and "Traceback" not in done.stderr
@@ -127,14 +137,14 @@ def test_too_large_a_model_is_refused_with_both_figures(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("prompt", [
-    "a child in a park", "two kids", "a girl with a cat", "Boys playing", "teenagers", "a 15 year old", "aged 12",
-    "a ten-year-old", "a toddler", "a 9yo", "a 16-year-old student", "school girls: a schoolgirl", "a baby"])
+    "a child in a park", "two kids", "a girl with a cat", "Boys playing", "teenagers", "a 15 year old",
+    "aged 12", "a ten-year-old", "a toddler", "a 9yo", "a 16-year-old student", "a schoolgirl", "a baby"])
 def test_filter_drops_minors(prompt):
     assert sample.allowed([prompt, "a cat"], "test") == ["a cat"]
 
 
-@pytest.mark.parametrize("prompt", ["a kidney", "no kidding", "a 45 year old man", "a cowboy", "a girlfriend of forty",
-                                    "a painting, aged 120 years", "the boycott"])
+@pytest.mark.parametrize("prompt", ["a kidney", "no kidding", "a 45 year old man", "a cowboy", "the boycott",
+                                    "a girlfriend of forty", "a painting, aged 120 years"])
 def test_filter_passes_others(prompt):
     assert sample.allowed([prompt], "test") == [prompt]
 
@@ -148,17 +158,19 @@ def test_prompt_files_are_complete(model):
         c = sample.load_concept(model, name)
         assert len(c["neighbours"]) == len(c["unrelated"]) == 4
         assert len(c["train"]) >= 10 and len(c["eval"]) >= 10
-        assert not set(c["eval"]) & set(c["train"]) and not set(c["paraphrases"]) & set(c["train"] + c["eval"])
+        assert not set(c["eval"]) & set(c["train"])
+        assert not set(c["paraphrases"]) & set(c["train"] + c["eval"])
         assert not set(c["unseen"]) & set(c["neighbours"] + c["unrelated"] + c["concept"])
         assert all("{}" in t for t in c["preserve"])
     if model == EMOJI:
         assert set(world.NAMES) | set(world.STYLES) | {"hazard"} == set(names)
 
 
-# ------------------------------------------------------------------------------------------------ sampling and masks
+# -------------------------------------------------------------------------------- sampling and masks
 
 def test_more_images_never_change_the_earlier_ones(tmp_path):
-    args = Namespace(model=EMOJI, seed=0, size=64, sample_steps=3, sample_guidance=3.5, sample_batch=5, dtype=torch.float32)
+    args = Namespace(model=EMOJI, seed=0, size=64, sample_steps=3, sample_guidance=3.5, sample_batch=5,
+                     dtype=torch.float32)
     prompts = ["a cat", "a dog on a blue background"]
     embeds = sample.encode_prompts(EMOJI, prompts, "cpu", torch.float32)
     pipe = sample.load_denoiser(EMOJI, "cpu", torch.float32)
@@ -170,7 +182,8 @@ def test_more_images_never_change_the_earlier_ones(tmp_path):
     assert [p.read_bytes() for p, _ in more[:3]] == before
     assert len({p.read_bytes() for p, _ in more}) == 7
     with pytest.raises(SystemExit):  # a stale set: other settings
-        sample.sample_set(pipe, embeds, tmp_path / "grown", "cat", prompts, 7, Namespace(**vars(args) | {"seed": 1}))
+        args.seed = 1
+        sample.sample_set(pipe, embeds, tmp_path / "grown", "cat", prompts, 7, args)
 
 
 def mask_args(tmp_path, **more):
@@ -189,14 +202,19 @@ def test_mask_finds_every_instance_and_nothing_else(tmp_path):
 
 
 def test_mask_of_a_style_is_the_whole_frame(tmp_path):
-    image, scene = scene_image(["dog"], style="ink", framed=True, background="blue")
-    found, = mask.find_masks([image], sample.load_concept(EMOJI, "ink"), mask_args(tmp_path))
-    x0, y0, x1, y1 = scene["frame"]
-    truth = np.zeros((64, 64), bool)
-    truth[y0:y1, x0:x1] = True
-    assert (found & truth).sum() / (found | truth).sum() > 0.8
-    ys, xs = np.nonzero(found)
-    assert found.sum() == (np.ptp(ys) + 1) * (np.ptp(xs) + 1)  # a filled rectangle
+    names = enumerate(world.NAMES[:20])
+    drawn = [scene_image([name], seed, style="ink", framed=True) for seed, name in names]
+    ious = []
+    ink = sample.load_concept(EMOJI, "ink")
+    found = mask.find_masks([image for image, _ in drawn], ink, mask_args(tmp_path))
+    for region, (_, scene) in zip(found, drawn):
+        x0, y0, x1, y1 = scene["frame"]
+        truth = np.zeros((64, 64), bool)
+        truth[y0:y1, x0:x1] = True
+        ious.append((region & truth).sum() / (region | truth).sum())
+        ys, xs = np.nonzero(region)
+        assert len(ys) == 0 or len(ys) == (np.ptp(ys) + 1) * (np.ptp(xs) + 1)  # filled
+    assert np.mean(ious) > 0.75
 
 
 def test_images_without_the_concept_are_dropped_and_too_few_is_refused(tmp_path, capsys):
@@ -215,11 +233,30 @@ def test_images_without_the_concept_are_dropped_and_too_few_is_refused(tmp_path,
 
 
 def test_sam_checkpoint_tells_its_own_architecture():
-    published = mask.SamPredictor.__module__ and __import__("segment_anything").sam_model_registry["vit_b"]()
+    published = sam_model_registry["vit_b"]()
     ours = mask.load_sam(published.state_dict())
     assert str(ours) == str(published)
     blocks = zip(ours.image_encoder.blocks, published.image_encoder.blocks)
     assert all((a.window_size, a.attn.num_heads) == (b.window_size, b.attn.num_heads) for a, b in blocks)
+
+
+def test_grounding_dino_goes_through_the_same_code(tmp_path):
+    vocab = {w: i for i, w in enumerate("[PAD] [UNK] [CLS] [SEP] [MASK] a cat dog .".split())}
+    sizes = GroundingDinoImageProcessor(size={"shortest_edge": 64, "longest_edge": 64})
+    GroundingDinoProcessor(sizes, BertTokenizer(vocab=vocab)).save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    swin = SwinConfig(image_size=64, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=2,
+                      out_indices=[2, 3, 4])
+    bert = BertConfig(vocab_size=len(vocab), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                      intermediate_size=16)
+    GroundingDinoForObjectDetection(GroundingDinoConfig(
+        backbone_config=swin.to_dict(), text_config=bert.to_dict(), d_model=32, encoder_layers=2,
+        decoder_layers=2, encoder_ffn_dim=16, decoder_ffn_dim=16, encoder_attention_heads=2,
+        decoder_attention_heads=2, num_queries=8, max_text_len=16)).save_pretrained(tmp_path)
+    images = [Image.new("RGB", (64, 48), colour) for colour in ("red", "blue")]
+    found = mask.detect(images, ["a cat", "a dog"], str(tmp_path), 0.0, "cpu")
+    assert [f.shape[1] for f in found] == [4, 4] and len(found[0]) > 0
+    assert mask.detect(images, ["a cat"], str(tmp_path), 1.0, "cpu")[0].shape == (0, 4)
 
 
 def test_nudity_masks_without_nudenet_say_how_to_get_it(monkeypatch, capsys):
@@ -227,11 +264,11 @@ def test_nudity_masks_without_nudenet_say_how_to_get_it(monkeypatch, capsys):
     assert "pip install nudenet" in refusal(lambda: mask.detect_nudity([], 0.2), capsys)
 
 
-# ------------------------------------------------------------------------------------------------ training
+# -------------------------------------------------------------------------------- training
 
 def test_training_leaves_what_it_promises(trained):
-    for name in (WEIGHTS, "curves.png", "before_after.png", "masks.png", "samples.png", "log.csv", "args.json",
-                 f"step-6/{WEIGHTS}"):
+    names = "curves.png before_after.png masks.png samples.png log.csv args.json".split()
+    for name in (WEIGHTS, f"step-6/{WEIGHTS}", *names):
         assert (trained / name).stat().st_size > 0
     assert json.loads((trained / "args.json").read_text())["settings"]["eta"] == 1.0
     assert len((trained / "log.csv").read_text().splitlines()) == 13
@@ -243,9 +280,10 @@ def test_lora_loads_into_the_pipeline_and_changes_it(trained):
     pipe.set_progress_bar_config(disable=True)
 
     def draw():
-        made = pipe("a cat", num_inference_steps=4, height=64, width=64, generator=torch.Generator().manual_seed(0),
-                    max_sequence_length=pipe.tokenizer_2.model_max_length, output_type="np").images
-        return torch.from_numpy(made)
+        noise = torch.Generator().manual_seed(0)
+        made = pipe("a cat", num_inference_steps=4, height=64, width=64, generator=noise, output_type="np",
+                    max_sequence_length=pipe.tokenizer_2.model_max_length)
+        return torch.from_numpy(made.images)
 
     base = draw()
     pipe.load_lora_weights(trained)
@@ -309,20 +347,22 @@ def test_split_batch_has_the_same_gradient(trained):
     for args.accumulate in (1, 2, 4):
         for part in train.batch_of(0, forget, preserve, embeds, args, "cpu"):
             (train.iteration(pipe.transformer, *part, args)[0] / args.accumulate).backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in pipe.transformer.parameters() if p.requires_grad]))
+        lora = [p for p in pipe.transformer.parameters() if p.requires_grad]
+        gradients.append(torch.cat([p.grad.flatten() for p in lora]))
         pipe.transformer.zero_grad()
     assert gradients[0].norm() > 0 and concept["task"] == "object"
     for g in gradients[1:]:
         torch.testing.assert_close(g, gradients[0], rtol=1e-3, atol=1e-6)
 
 
-# ------------------------------------------------------------------------------------------------ evaluation
+# -------------------------------------------------------------------------------- evaluation
 
 def test_evaluation_of_a_run(trained, capsys):
     sys_args = ["--model", EMOJI, "--lora", str(trained), "--n", "4", "--sample-steps", "4"]
     evaluate.main(evaluate.arguments(sys_args))
     found = json.loads((trained / "evaluation.json").read_text())
-    assert {"target", "preserved", "never seen", "paraphrases", "partner in a pair"} <= found["figures"].keys()
+    wanted = {"target", "preserved", "never seen", "paraphrases", "partner in a pair"}
+    assert wanted <= found["figures"].keys()
     assert all(0 <= c["low"] <= c["percent"] + 1e-9 for row in found["figures"].values() for c in row.values()
                if not math.isnan(c["low"]))
     assert found["locality"]["inside"] >= 0 and (trained / "evaluation.png").exists()
@@ -342,27 +382,72 @@ def test_wilson_interval():
 
 
 def test_clip_score_is_transformers_logits_over_the_scale():
-    images, texts = [scene_image([n])[0] for n in ("cat", "dog")], ["a picture of a cat", "a picture of a dog"]
-    model, processor = (c.from_pretrained(EMOJI + "/clip") for c in (evaluate.CLIPModel, evaluate.AutoProcessor))
+    images = [scene_image([name])[0] for name in ("cat", "dog")]
+    texts = ["a picture of a cat", "a picture of a dog"]
+    model = evaluate.CLIPModel.from_pretrained(EMOJI + "/clip")
+    processor = evaluate.AutoProcessor.from_pretrained(EMOJI + "/clip")
     model.float()
     with torch.no_grad():
         out = model(**processor(text=texts, images=images, padding="max_length", return_tensors="pt"))
     wanted = 100 * out.logits_per_image.diag() / model.logit_scale.exp()
-    torch.testing.assert_close(evaluate.clip_scores(EMOJI + "/clip", images, texts, "cpu"), wanted, rtol=1e-4, atol=1e-3)
+    scores = evaluate.clip_scores(EMOJI + "/clip", images, texts, "cpu")
+    torch.testing.assert_close(scores, wanted, rtol=1e-4, atol=1e-3)
 
 
 def test_judge_answers_per_concept_on_pairs_and_empty_scenes():
     ask = evaluate.clip_judge(EMOJI + "/clip", "cpu")
     pair, empty = scene_image(["cat", "pizza"])[0], scene_image([])[0]
-    assert ask([pair, pair, pair, empty], ["a cat", "a pizza", "a truck", "a cat"]).tolist() == [True, True, False, False]
+    said = ask([pair, pair, pair, empty], ["a cat", "a pizza", "a truck", "a cat"])
+    assert said.tolist() == [True, True, False, False]
 
 
-# ------------------------------------------------------------------------------------------------ README
+@pytest.mark.parametrize("favoured", ["yes", "no"])
+def test_llava_judge_reads_yes_and_no_from_logits(tmp_path, favoured):
+    words = ("<unk> <pad> <image> Is there a cat in this image? Answer yes no or no. Yes No USER: "
+             "ASSISTANT:").split()
+    tokens = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    tokens.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokens, unk_token="<unk>", pad_token="<pad>",
+                                        extra_special_tokens={"image_token": "<image>"})
+    template = ("{% for m in messages %}USER: {% for c in m.content %}{% if c.type == 'image' %}<image> "
+                "{% else %}{{ c.text }} {% endif %}{% endfor %}{% endfor %}ASSISTANT:")
+    pixels = CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    LlavaProcessor(pixels, tokenizer, patch_size=14, vision_feature_select_strategy="default",
+                   chat_template=template, num_additional_image_tokens=1).save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration(LlavaConfig(
+        vision_config=CLIPVisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=2,
+                                       num_attention_heads=2, image_size=28, patch_size=14).to_dict(),
+        text_config=LlamaConfig(vocab_size=len(words), hidden_size=16, intermediate_size=16,
+                                num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2).to_dict(),
+        image_token_id=words.index("<image>")))
+    with torch.no_grad():
+        model.lm_head.weight.zero_()  # the answer is the bias that is added below
+    model.save_pretrained(tmp_path)
+    ask = evaluate.llava_judge(str(tmp_path), "cpu", torch.float32)
+    weights = dict(yes=[("yes", 1.0), ("Yes", 1.0), ("no", 1.2)], no=[("no", 1.0), ("No", 1.0), ("yes", 1.2)])
+    # log(e + e) > 1.2: two forms of one word outweigh the largest single logit
+    bias = torch.full((len(words),), -9.0)
+    for word, value in weights[favoured]:
+        bias[words.index(word)] = value
+    whole = torch.nn.Linear.forward
+
+    def biased(self, x):
+        return whole(self, x) + (bias if self.out_features == len(words) else 0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.Linear, "forward", biased)
+        said = ask([Image.new("RGB", (64, 64))] * 2, ["a cat", "a cat"])
+    assert said.tolist() == [favoured == "yes"] * 2
+
+
+# -------------------------------------------------------------------------------- README
 
 def test_readme_holds_the_map_and_commands_that_exist():
     text = (ROOT / "README.md").read_text()
-    printed = subprocess.run([sys.executable, "test_inpo.py"], cwd=ROOT, capture_output=True, text=True).stdout
-    assert printed.strip() and printed.strip() in text
+    command = [sys.executable, "test_inpo.py"]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    assert printed and printed in text
     for script, rest in re.findall(r"python (\w+)\.py (--[^\n#`]*)", text):
         module = dict(train=train, sample=sample, mask=mask, evaluate=evaluate)[script]
         module.arguments(rest.split())

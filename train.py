@@ -3,9 +3,9 @@
     python train.py --model emoji-flux --concept cat                       # a laptop CPU, minutes
     python train.py --concept pikachu --eta 1 --gamma 3 --tau 0.1          # FLUX.1-dev, Table 6's settings
 
-Algorithm 1, from sampling both image sets to the LoRA. Killed, it goes on from its last checkpoint. It leaves in --out:
-pytorch_lora_weights.safetensors, curves.png, before_after.png, log.csv, args.json. Deviations from the paper are
-named where they happen: one (t, eps) a sample and step, shared by theta and ref; mean-reduced scores.
+Algorithm 1, from sampling both image sets to the LoRA; killed, it goes on from its last checkpoint. It leaves
+pytorch_lora_weights.safetensors, curves.png, before_after.png, log.csv and args.json in --out. The deviation
+from the paper: one (t, eps) a sample and step, so that the expectation stands outside the gate (inpo.py).
 """
 import argparse
 import json
@@ -23,26 +23,26 @@ TABLE6 = dict(object=dict(steps=300, eta=1.0, gamma=3.0, tau=0.1, lambda_prior=0
 
 
 def arguments(given=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__)
     model_flags(parser)
     method = parser.add_argument_group("method (default: Table 6, by the concept's task)")
     method.add_argument("--eta", type=number(), help="forget strength, Eq. 13")
     method.add_argument("--gamma", type=number(), help="sharpness of the gate, Eq. 14")
-    method.add_argument("--tau", type=number(least=-math.inf, finite=False), help="margin of the gate; inf: no gate")
+    method.add_argument("--tau", type=number(least=-math.inf, finite=False), help="margin; inf: no gate")
     method.add_argument("--beta", type=number(), default=1.0, help="Eq. 15, independent of eta (default 1)")
     method.add_argument("--lambda-prior", type=number(strict=False), help="weight of Eq. 16")
     method.add_argument("--loss", choices=["inpo", "ga"], default="inpo", help="ga: gradient ascent, Eq. 4")
-    method.add_argument("--mask", choices=["concept", "full"], default="concept", help="full: M = 1 (Table 4)")
+    method.add_argument("--mask", choices=["concept", "full"], default="concept", help="full: M = 1")
     method.add_argument("--detach-gate", action="store_true", help="do not differentiate through alpha")
     recipe = parser.add_argument_group("training")
     recipe.add_argument("--steps", type=number(int), help="T (Table 6)")
-    recipe.add_argument("--optimizer", choices=["prodigy", "adamw"], default="prodigy", help="default prodigy")
+    recipe.add_argument("--optimizer", choices=["prodigy", "adamw"], default="prodigy")
     recipe.add_argument("--lr", type=number(), help="default: 0.7 with prodigy (Table 6), 1e-3 with adamw")
     recipe.add_argument("--d0", type=number(), default=1e-6, help="Prodigy's first step size (default 1e-6)")
     recipe.add_argument("--rank", type=number(int), default=4, help="of the LoRA, alpha = rank (C.1: 4)")
-    recipe.add_argument("--batch", type=number(int), default=4, help="forget images a step, and as many others")
-    recipe.add_argument("--accumulate", type=number(int), default=1, help="split a step's batch into N passes")
-    recipe.add_argument("--guidance", type=number(strict=False), default=3.5, help="guidance in training (default 3.5)")
+    recipe.add_argument("--batch", type=number(int), default=4, help="forget images a step, as many others")
+    recipe.add_argument("--accumulate", type=number(int), default=1, help="split a batch into N passes")
+    recipe.add_argument("--guidance", type=number(strict=False), default=3.5, help="default 3.5")
     recipe.add_argument("--noise", choices=["uniform", "logit-normal"], default="uniform", help="of sigma")
     sampling_flags(parser.add_argument_group("step 1 of Algorithm 1"))
     mask_flags(parser.add_argument_group("masks"))
@@ -53,7 +53,7 @@ def arguments(given=None):
     return parser.parse_args(given)
 
 
-ARGS = arguments() if __name__ == "__main__" else None  # before the slow imports, so that --help answers at once
+ARGS = arguments() if __name__ == "__main__" else None  # before the slow imports: --help answers at once
 
 import contextlib  # noqa: E402
 import os  # noqa: E402
@@ -69,17 +69,17 @@ from tqdm import tqdm  # noqa: E402
 
 from inpo import add_noise, gate, gradient_ascent, inpo_loss, mask_to_latents, prior_loss, score  # noqa: E402
 from mask import make_masks  # noqa: E402
-from sample import (check_settings, contact_sheet, die, encode_prompts, generate, guarded, load_denoiser,  # noqa: E402
-                    open_image, sample_all, seed_of, setup)
+from sample import check_settings, contact_sheet, die, encode_prompts, generate, guarded  # noqa: E402
+from sample import load_denoiser, open_image, sample_all, seed_of, setup, write_text  # noqa: E402
 
-# B samples, L tokens, D channels a token (2 x 2 latent cells x C), T text tokens, E their width, P pooled width
+# B samples, L tokens of D channels (2 x 2 latent cells x C), T text tokens of width E, P pooled width
 LORA_TARGETS = ("attn.to_k attn.to_q attn.to_v attn.to_out.0 attn.add_k_proj attn.add_q_proj attn.add_v_proj "
                 "attn.to_add_out ff.net.0.proj ff.net.2 ff_context.net.0.proj ff_context.net.2").split()
 
 
 @contextlib.contextmanager
 def reference(transformer):
-    """The frozen reference model: the same network, adapters off, no gradient. They are back on after an error."""
+    """The frozen reference: the same network, adapters off, no gradient; back on even after an error."""
     transformer.disable_adapters()
     try:
         with torch.no_grad():
@@ -89,21 +89,22 @@ def reference(transformer):
 
 
 def predict(transformer, z, sigma, states, pooled, guidance):
-    """Velocity (B, L, D) of packed latents z (B, L, D) at sigma (B,), given states (B, T, E) and pooled (B, P)."""
+    """Velocity (B, L, D) of packed latents z (B, L, D) at sigma (B,); states (B, T, E), pooled (B, P)."""
     side = int(z.shape[1] ** 0.5)
     image_ids = FluxPipeline._prepare_latent_image_ids(1, side, side, z.device, z.dtype)  # (L, 3)
     text_ids = torch.zeros(states.shape[1], 3, device=z.device, dtype=z.dtype)  # (T, 3)
     scale = torch.full_like(sigma, guidance) if transformer.config.guidance_embeds else None  # (B,)
     dtype = states.dtype
-    return transformer(hidden_states=z.to(dtype), timestep=sigma.to(dtype), guidance=scale, pooled_projections=pooled,
-                       encoder_hidden_states=states, txt_ids=text_ids, img_ids=image_ids, return_dict=False)[0]
+    return transformer(hidden_states=z.to(dtype), encoder_hidden_states=states, pooled_projections=pooled,
+                       timestep=sigma.to(dtype), guidance=scale, txt_ids=text_ids, img_ids=image_ids,
+                       return_dict=False)[0]  # (B, L, D)
 
 
 def iteration(transformer, x, mask, states, pooled, sigma, eps, args):
     """Algorithm 1, lines 3 to 5: one batch up to its loss.
 
     The first half of each tensor belongs to D_ES, the second to D_PR: x, eps (2B, L, D), sigma (2B,), states
-    (2B, T, E), pooled (2B, P); mask (B, L, D) for the first. -> loss (scalar), detached diagnostics (B,) each.
+    (2B, T, E), pooled (2B, P); mask (B, L, D) for the first. -> loss (), detached diagnostics, each (B,).
     """
     half = len(mask)
     z = add_noise(x, eps, sigma)  # (2B, L, D)
@@ -118,10 +119,12 @@ def iteration(transformer, x, mask, states, pooled, sigma, eps, args):
     if args.loss == "ga":
         forget = gradient_ascent(S)  # (B,)
     else:
-        forget = inpo_loss(dS, args.eta, args.gamma, args.tau, args.beta, detach_gate=args.detach_gate)  # (B,)
+        forget = inpo_loss(dS, args.eta, args.gamma, args.tau, args.beta,
+                           detach_gate=args.detach_gate)  # (B,)
     prior = prior_loss(v[half:], v_ref[half:])  # (B,)
     loss = forget.mean() + args.lambda_prior * prior.mean()
-    return loss, dict(S=S.detach(), S_ref=S_ref, dS=dS.detach(), alpha=alpha, prior=prior.detach())
+    return loss, dict(S=S.detach(), S_ref=S_ref, dS=dS.detach(), alpha=alpha, prior=prior.detach(),
+                      sigma=sigma[:half])
 
 
 def encode_images(pipe, files, masks=None):
@@ -135,14 +138,15 @@ def encode_images(pipe, files, masks=None):
         x = (x - vae.config.shift_factor) * vae.config.scaling_factor  # (1, C, H, W)
         xs.append(FluxPipeline._pack_latents(x, *x.shape))
         if masks:
-            m = torch.from_numpy(np.asarray(open_image(masks[n], image.size)) > 127)[None, None]  # (1, 1, Y, X)
+            m = np.asarray(open_image(masks[n], image.size)) > 127  # (Y, X)
+            m = torch.from_numpy(m)[None, None]  # (1, 1, Y, X)
             m = mask_to_latents(m, *x.shape[2:]).float().expand(x.shape)  # (1, C, H, W)
             ms.append(FluxPipeline._pack_latents(m, *x.shape))  # onto the same cells as the latents
     return torch.cat(xs), torch.cat(ms) if masks else None
 
 
 def batch_of(step, forget, preserve, embeds, args, device):
-    """The step's data in args.accumulate parts, a function of (seed, step) alone: a resumed run sees the same.
+    """The step's data in args.accumulate parts, a function of (seed, step): a resumed run sees the same.
 
     forget is latents (N, L, D), masks (N, L, D), prompts; preserve is latents and prompts.
     """
@@ -153,24 +157,26 @@ def batch_of(step, forget, preserve, embeds, args, device):
     prompts = [forget[2][k] for k in i] + [preserve[1][k] for k in j]
     states, pooled = (torch.stack([embeds[p][k] for p in prompts]) for k in (0, 1))  # (2B, T, E), (2B, P)
     eps = torch.randn(x.shape, generator=rng)  # (2B, L, D)  eps ~ N(0, 1)
-    sigma = torch.rand(len(x), generator=rng)  # (2B,)  sigma ~ U(0, 1), not shifted: the shift is the sampler's
+    sigma = torch.rand(len(x), generator=rng)  # (2B,)  ~ U(0, 1), unshifted: the shift is the sampler's
     if args.noise == "logit-normal":
         sigma = torch.randn(len(x), generator=rng).sigmoid()  # (2B,)
     for part in range(args.accumulate):  # the gate is per sample: a split batch has the same gradient
         mine = list(range(part, len(i), args.accumulate))
         rows = mine + [len(i) + k for k in mine if k < len(j)]
-        yield [t.to(device) for t in (x[rows], forget[1][i][mine], states[rows], pooled[rows], sigma[rows], eps[rows])]
+        data = x[rows], forget[1][i][mine], states[rows], pooled[rows], sigma[rows], eps[rows]
+        yield [tensor.to(device) for tensor in data]
 
 
 def save_lora(transformer, folder):
     """pytorch_lora_weights.safetensors as FluxPipeline.load_lora_weights reads it; whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    FluxPipeline.save_lora_weights(folder, get_peft_model_state_dict(transformer), weight_name="half.safetensors")
+    lora = get_peft_model_state_dict(transformer)
+    FluxPipeline.save_lora_weights(folder, lora, weight_name="half.safetensors")
     os.replace(folder / "half.safetensors", folder / "pytorch_lora_weights.safetensors")
 
 
 def add_lora(transformer, rank, seed):
-    """A LoRA that changes nothing yet (B = 0), in float32, since a bf16 one ends far worse -> its parameters."""
+    """A LoRA that changes nothing yet, in float32, since a bf16 one ends far worse -> its parameters."""
     torch.manual_seed(seed)
     transformer.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian",
                                        target_modules=LORA_TARGETS))
@@ -182,8 +188,8 @@ def train(transformer, forget, preserve, embeds, args):
     """The loop. LoRA and optimiser state go to checkpoint.pt, one row a step to log.csv."""
     params = add_lora(transformer, args.rank, args.seed)
     if args.optimizer == "prodigy":
-        optimizer = Prodigy(params, lr=args.lr, betas=(0.9, 0.999), weight_decay=1e-4, decouple=True, d0=args.d0,
-                            use_bias_correction=True, safeguard_warmup=True)
+        optimizer = Prodigy(params, lr=args.lr, betas=(0.9, 0.999), weight_decay=1e-4, decouple=True,
+                            d0=args.d0, use_bias_correction=True, safeguard_warmup=True)
     else:
         optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=1e-4)
     checkpoint, start, rows = args.out / "checkpoint.pt", 0, []
@@ -200,13 +206,13 @@ def train(transformer, forget, preserve, embeds, args):
     for step in bar:
         tick = time.perf_counter()
         seen = []
-        for x, mask, states, pooled, sigma, eps in batch_of(step, forget, preserve, embeds, args, transformer.device):
+        for part in batch_of(step, forget, preserve, embeds, args, transformer.device):
             try:
-                loss, info = iteration(transformer, x, mask, states, pooled, sigma, eps, args)
+                loss, info = iteration(transformer, *part, args)
             except ValueError as error:  # inpo.py refuses NaN
                 die(f"step {step}: {error}; {stop}", 1)
             (loss / args.accumulate).backward()
-            seen.append(info | dict(loss=loss.detach()[None], sigma=sigma[:len(mask)]))
+            seen.append(info | dict(loss=loss.detach()[None]))
         info = {k: torch.cat([s[k] for s in seen]).float().cpu() for k in seen[0]}
         norm = torch.nn.utils.get_total_norm([p.grad for p in params])
         if not math.isfinite(info["loss"].mean()) or not math.isfinite(norm):
@@ -238,8 +244,8 @@ def draw_curves(rows, path):
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(2, 3, figsize=(12, 6), layout="constrained")
     step = [r["step"] for r in rows]
-    for axis, keys in zip(axes.flat, [("loss",), ("S", "S_ref"), ("dS", "alpha"), ("prior",), ("grad_norm", "d_lr")]):
-        for key in keys:
+    for axis, keys in zip(axes.flat, ["loss", "S S_ref", "dS alpha", "prior", "grad_norm d_lr"]):
+        for key in keys.split():
             axis.plot(step, [r[key] for r in rows], label=key, linewidth=1)
         axis.set_xlabel("step")
         axis.legend()
@@ -267,27 +273,32 @@ def draw_before_after(pipe, embeds, groups, path, args, columns=6):
 
 def main(args):
     concept = setup(args)
-    for key, value in (TABLE6[concept["task"]] | dict(lr=dict(prodigy=0.7, adamw=1e-3)[args.optimizer])).items():
+    preset = TABLE6[concept["task"]] | dict(lr=dict(prodigy=0.7, adamw=1e-3)[args.optimizer])
+    for key, value in preset.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
     if args.batch % args.accumulate:
         die(f"--accumulate {args.accumulate} does not divide --batch {args.batch}")
     apart = ("out", "device", "save_every", "checkpoint_every")  # what a resumed run may change
-    check_settings(args.out / "args.json", {k: v for k, v in vars(args).items() if k not in apart}, f"--out {args.out}")
+    settings = {k: v for k, v in vars(args).items() if k not in apart}
+    check_settings(args.out / "args.json", settings, f"--out {args.out}")
     groups = dict(target=concept["eval"], neighbours=concept["neighbours"], unrelated=concept["unrelated"])
     if concept["task"] != "style":
-        groups["pairs"] = [f"{concept['concept'][0]} and {o}" for o in concept["unrelated"] + concept["unseen"]]
-    preserved = [t.replace("{}", o) for o in concept["neighbours"] + concept["unrelated"] for t in concept["preserve"]]
+        partners = concept["unrelated"] + concept["unseen"]
+        groups["pairs"] = [f"{concept['concept'][0]} and {other}" for other in partners]
+    others = concept["neighbours"] + concept["unrelated"]
+    preserved = [template.replace("{}", other) for other in others for template in concept["preserve"]]
     wanted = concept["train"] + preserved + [p for prompts in groups.values() for p in prompts]
     embeds = encode_prompts(args.model, wanted, args.device, args.dtype)
     pipe = load_denoiser(args.model, args.device, args.dtype)
     forget_set, preserve_set = sample_all(pipe, embeds, concept, args)  # Algorithm 1, step 1
     kept = make_masks([file for file, _ in forget_set], concept, args)
     if len(kept) < args.batch:
-        die(f"only {len(kept)} forget images have a mask, fewer than --batch {args.batch}: raise --n-forget", 1)
+        die(f"only {len(kept)} forget images have a mask, under --batch {args.batch}: raise --n-forget", 1)
     x, mask = encode_images(pipe, kept, [file.with_suffix(".mask.png") for file in kept])
-    forget = x, torch.ones_like(mask) if args.mask == "full" else mask, [dict(forget_set)[file] for file in kept]
-    preserve = encode_images(pipe, [file for file, _ in preserve_set])[0], [prompt for _, prompt in preserve_set]
+    mask = torch.ones_like(mask) if args.mask == "full" else mask  # (N, L, D)
+    forget = x, mask, [dict(forget_set)[file] for file in kept]
+    preserve = encode_images(pipe, [file for file, _ in preserve_set])[0], [text for _, text in preserve_set]
     rows = train(pipe.transformer, forget, preserve, embeds, args)  # Algorithm 1, lines 2 to 6
     draw_curves(rows, args.out / "curves.png")
     draw_before_after(pipe, embeds, groups, args.out / "before_after.png", args)

@@ -1,10 +1,10 @@
-"""The world that emoji-flux knows: 57 things x 5 styles x 8 backgrounds, drawn in a fraction of a millisecond.
+"""The world that emoji-flux knows: 57 things x 5 styles x 8 backgrounds, a scene in under a millisecond.
 
-    python emoji-flux/world.py                 # draws docs/world.png, a sheet of random scenes with their captions
+    python emoji-flux/world.py                 # docs/world.png, a sheet of random scenes with their captions
 
-A scene holds one thing, two things side by side, a framed picture on a wall, or nothing. It knows its own masks and
-boxes, so that it can train and score a detector, a segmenter and a judge. The artwork is `sprites.png`, one column a
-thing and one row an artwork family (licences: README.md); the ink and pixel styles are computed from it below.
+A scene holds one thing, two side by side, a framed picture on a wall, or nothing. It knows its own masks and
+boxes, so that it can train and score a detector, a segmenter and a judge. The artwork is `sprites.png`, one
+column a thing and one row an artwork family (licences: README.md); ink and pixel styles are computed from it.
 """
 import argparse
 import functools
@@ -18,13 +18,15 @@ MAX_WORDS = 19  # the longest caption; the text encoders read one token more
 SIZE = 64  # pixels, the side of a scene and of a sprite in the atlas
 
 # name -> Unicode code point of its emoji; build.py cuts the atlas in this order
-ANIMALS = dict(cat="1f431", dog="1f436", tiger="1f42f", lion="1f981", rabbit="1f430", fox="1f98a", bear="1f43b",
-               wolf="1f43a", mouse="1f42d", panda="1f43c", frog="1f438", turtle="1f422", horse="1f434",
-               zebra="1f993", unicorn="1f984", deer="1f98c", cow="1f42e", pig="1f437", monkey="1f435", bird="1f426",
-               eagle="1f985", owl="1f989", duck="1f986", penguin="1f427", parrot="1f99c", fish="1f420")
-VEHICLES = dict(airplane="2708", helicopter="1f681", rocket="1f680", automobile="1f697", taxi="1f695", bus="1f68c",
-                truck="1f69a", tractor="1f69c", ship="1f6a2", sailboat="26f5", speedboat="1f6a4", bicycle="1f6b2",
-                train="1f686")
+ANIMALS = dict(
+    cat="1f431", dog="1f436", tiger="1f42f", lion="1f981", rabbit="1f430", fox="1f98a", bear="1f43b",
+    wolf="1f43a", mouse="1f42d", panda="1f43c", frog="1f438", turtle="1f422", horse="1f434", zebra="1f993",
+    unicorn="1f984", deer="1f98c", cow="1f42e", pig="1f437", monkey="1f435", bird="1f426", eagle="1f985",
+    owl="1f989", duck="1f986", penguin="1f427", parrot="1f99c", fish="1f420")
+VEHICLES = dict(
+    airplane="2708", helicopter="1f681", rocket="1f680", automobile="1f697", taxi="1f695", bus="1f68c",
+    truck="1f69a", tractor="1f69c", ship="1f6a2", sailboat="26f5", speedboat="1f6a4", bicycle="1f6b2",
+    train="1f686")
 OTHERS = dict(pizza="1f355", apple="1f34e", banana="1f34c", tree="1f333", cactus="1f335", sunflower="1f33b",
               house="1f3e0", guitar="1f3b8", umbrella="2614")
 CHARACTERS = dict(ghost="1f47b", robot="1f916", alien="1f47d", snowman="26c4", clown="1f921", ogre="1f479")
@@ -32,7 +34,7 @@ HAZARDS = dict(bomb="1f4a3", knife="1f52a", dynamite="1f9e8")
 CODES = ANIMALS | VEHICLES | OTHERS | CHARACTERS | HAZARDS
 NAMES = list(CODES)
 FAMILIES = ["noto", "twemoji", "fluent"]
-# style -> the ways to say it; the first is the one that prompts use, the others are its paraphrases
+# style -> the ways to say it: the one that prompts use, then its paraphrases
 STYLES = {
     "noto": ("in noto style", "drawn with soft google shapes", "as a gentle google picture"),
     "twemoji": ("in twemoji style", "drawn with plain flat fills", "as a simple twitter picture"),
@@ -40,8 +42,9 @@ STYLES = {
     "ink": ("in ink style", "sketched with dark pen strokes", "as a colorless pen sketch"),
     "pixel": ("in pixel style", "built from blocky mosaic squares", "as a chunky mosaic with blocks"),
 }
-BACKGROUNDS = dict(white=(250, 250, 248), gray=(150, 152, 156), blue=(120, 176, 236), green=(132, 206, 134),
-                   yellow=(248, 222, 110), pink=(246, 172, 200), orange=(244, 164, 92), purple=(168, 136, 214))
+BACKGROUNDS = dict(
+    white=(250, 250, 248), gray=(150, 152, 156), blue=(120, 176, 236), green=(132, 206, 134),
+    yellow=(248, 222, 110), pink=(246, 172, 200), orange=(244, 164, 92), purple=(168, 136, 214))
 
 
 def phrase(name):
@@ -167,7 +170,8 @@ def caption(scene, rng, paraphrase=0.2, full=False):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="docs/world.png", help="where the sheet of scenes goes")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -180,9 +184,10 @@ def main():
         sheet.paste(Image.fromarray(scene["image"]).resize((128, 128), Image.NEAREST), (x + 16, y))
         words = caption(scene, rng).split()
         half = (len(words) + 1) // 2
-        pen.text((x + 4, y + 129), " ".join(words[:half]) + "\n" + " ".join(words[half:]), fill="black", font_size=9)
+        lines = " ".join(words[:half]) + "\n" + " ".join(words[half:])
+        pen.text((x + 4, y + 129), lines, fill="black", font_size=9)
     sheet.save(args.out)
-    print(f"{args.out}: 40 scenes of {len(NAMES)} things, {len(STYLES)} styles, {len(BACKGROUNDS)} backgrounds")
+    print(f"{args.out}: {len(NAMES)} things, {len(STYLES)} styles, {len(BACKGROUNDS)} backgrounds")
 
 
 if __name__ == "__main__":
