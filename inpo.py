@@ -6,10 +6,18 @@ is > 0 once the model has begun to forget. A ValueError names the argument: its 
 Deviation: the paper's S is an expectation over t, inside gate and log. A step draws one (t, eps), the same
 for theta and ref, and the caller averages losses over samples and steps: the expectation stands outside."""
 import argparse
+import sys
 from math import inf, log
 
-import torch
-import torch.nn.functional as F
+def arguments(given=None):
+    parser = argparse.ArgumentParser(description="Draw the gate, the loss, its derivative and their bound.")
+    parser.add_argument("--out", default="docs/inpo.png", help="the picture to write (%(default)s)")
+    return parser.parse_args(given)
+
+ARGS = arguments() if __name__ == "__main__" else None  # before the slow import: --help answers at once
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
 
 def _check(conditions, **positive):
     """ValueError for the first {message: bool or bool tensor} that is false, or number not in (0, inf)."""
@@ -101,10 +109,7 @@ def mask_to_latents(mask, height, width):
     _check({"height, width must divide mask's": mask.shape[2] % height == 0 == mask.shape[3] % width})
     return F.adaptive_max_pool2d(mask.float(), (height, width)).bool()  # (B, 1, height, width)
 
-def main():
-    parser = argparse.ArgumentParser(description="Draw the gate, the loss, its derivative and their bound.")
-    parser.add_argument("--out", default="docs/inpo.png", help="the picture to write (%(default)s)")
-    out = parser.parse_args().out
+def main(args):
     from matplotlib.figure import Figure  # here, so that `import inpo` stays cheap
     dS = torch.linspace(-3, 3, 601)  # (B,)
     panels = {
@@ -122,9 +127,10 @@ def main():
         ax.grid(alpha=0.3)
         ax.legend()
     try:
-        ax.figure.savefig(out, dpi=120)
+        ax.figure.savefig(args.out, dpi=120)
     except (OSError, ValueError) as error:
-        parser.exit(2, f"--out {out}: {error}\n")
+        print(f"error: --out {args.out}: {error}", file=sys.stderr)
+        sys.exit(2)
 
 if __name__ == "__main__":
-    main()
+    main(ARGS)

@@ -829,19 +829,17 @@ def test_refused_prefactors_are_named():
 
 # ----------------------------------------------------------------------------------- python inpo.py
 
-def test_script_draws_its_picture(tmp_path, monkeypatch):
+def test_script_draws_its_picture(tmp_path):
     from PIL import Image
     out = tmp_path / "inpo.png"
-    monkeypatch.setattr(sys, "argv", ["inpo.py", "--out", str(out)])
-    inpo.main()
+    inpo.main(inpo.arguments(["--out", str(out)]))
     picture = Image.open(out)
     assert picture.width > 1000 and len(picture.convert("RGB").getcolors(1 << 24)) > 100
 
 
-def test_script_says_in_one_line_where_it_cannot_write(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["inpo.py", "--out", str(tmp_path / "missing" / "inpo.png")])
+def test_script_says_in_one_line_where_it_cannot_write(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
-        inpo.main()
+        inpo.main(inpo.arguments(["--out", str(tmp_path / "missing" / "inpo.png")]))
     assert stop.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
 

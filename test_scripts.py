@@ -45,6 +45,14 @@ def run_train(out, *more, concept="cat"):
     train.guarded(train.main, train.arguments(given))
 
 
+def drawn_cats(out):
+    """A run's folder whose forget images are drawn cats: what is there is not sampled again."""
+    (out / "forget").mkdir(parents=True)
+    for i in range(10):
+        scene_image(["cat"], seed=i)[0].save(out / "forget" / f"{i:03}.png")
+    return out
+
+
 def refusal(call, capsys, code=2):
     """The one line on stderr with which a call exits."""
     with pytest.raises(SystemExit) as stop:
@@ -58,7 +66,7 @@ def refusal(call, capsys, code=2):
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
-    out = tmp_path_factory.mktemp("run") / "cat"
+    out = drawn_cats(tmp_path_factory.mktemp("run") / "cat")
     run_train(out, "--save-every", "6")
     return out
 
@@ -304,7 +312,7 @@ def test_interrupted_training_goes_on_to_the_same_bits(trained, tmp_path, monkey
         return whole(*given)
 
     monkeypatch.setattr(train, "iteration", interrupted)
-    refusal(lambda: run_train(tmp_path / "cat", "--save-every", "6"), capsys, 130)
+    refusal(lambda: run_train(drawn_cats(tmp_path / "cat"), "--save-every", "6"), capsys, 130)
     assert not (tmp_path / "cat" / WEIGHTS).exists()
     monkeypatch.setattr(train, "iteration", whole)
     run_train(tmp_path / "cat", "--save-every", "6")
@@ -322,7 +330,7 @@ def test_nan_stops_and_keeps_the_last_good_state(tmp_path, monkeypatch, capsys):
         return loss * (math.nan if len(calls) == 8 else 1), info
 
     monkeypatch.setattr(train, "iteration", broken)
-    assert "step 7" in refusal(lambda: run_train(tmp_path / "cat"), capsys, 1)
+    assert "step 7" in refusal(lambda: run_train(drawn_cats(tmp_path / "cat")), capsys, 1)
     assert torch.load(tmp_path / "cat" / "checkpoint.pt", weights_only=True)["step"] == 5
 
 
