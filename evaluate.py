@@ -11,8 +11,7 @@ import argparse
 import json
 from pathlib import Path
 
-from mask import mask_flags
-from sample import die, model_flags, number
+from sample import die, mask_flags, model_flags, number
 
 
 def arguments(given=None):
@@ -145,11 +144,13 @@ def main(args):
     wanted = [p for prompts, _, _ in plan.values() for p in prompts]
     embeds = encode_prompts(args.model, wanted, args.device, args.dtype)
     pipe = load_denoiser(args.model, args.device, args.dtype)
-    images = {"before": sample_plan(pipe, embeds, plan, args)}
     try:
         pipe.load_lora_weights(args.lora)
     except Exception as error:  # a corrupt file, or the LoRA of another model: peft has many names for it
         die(f"--lora {args.lora}: does not load into {args.model}: {str(error).splitlines()[0]}")
+    pipe.disable_lora()
+    images = {"before": sample_plan(pipe, embeds, plan, args)}
+    pipe.enable_lora()
     images["after"] = sample_plan(pipe, embeds, plan, args)
     del pipe  # makes room for the judge
 
@@ -171,14 +172,17 @@ def main(args):
     before, after = (np.stack([np.asarray(i, float) for i in images[when]["target"]]) for when in images)
     change = np.abs(after - before).mean(-1)  # (N, H, W), in [0, 255]
     masks = np.stack(list(find_masks(images["before"]["target"], concept, args)))  # (N, H, W)
-    locality = dict(inside=float(change[masks].mean()), outside=float(change[~masks].mean()), n=len(masks))
+    found = masks.any((1, 2))  # (N,): an image without a detection has no inside
+    change, masks = change[found], masks[found]
+    locality = {side: float(change[region].mean()) if found.any() else None
+                for side, region in (("inside", masks), ("outside", ~masks))} | dict(n=int(found.sum()))
 
     print(f"\n{args.model}, {args.lora}, judge {args.judge}, CLIP {args.clip}, seed {args.seed}, n {args.n}")
     print(f"{'% yes':24}{'before':>22}{'after':>22}")
     for name, row in table.items():
         cells = [f"{c['percent']:.1f} [{c['low']:.1f}, {c['high']:.1f}]" for c in row.values()]
         print(f"{name:24}{cells[0]:>22}{cells[1]:>22}")
-    print("mean pixel change: {inside:.1f} in the mask, {outside:.1f} outside, of 255".format(**locality))
+    print("mean pixel change, of 255: {inside} in the mask, {outside} outside, n {n}".format(**locality))
     result = dict(figures=table, locality=locality, settings={k: str(v) for k, v in vars(args).items()})
     write_text(args.lora / "evaluation.json", json.dumps(result, indent=1))
     rows = [(name, when) for name in plan for when in images]

@@ -9,14 +9,7 @@ rectangles. An image in which nothing is found is dropped and counted, it never 
 import argparse
 from functools import partial
 
-from sample import model_flags
-
-
-def mask_flags(parser):
-    parser.add_argument("--detector", help="OWLv2 or GroundingDINO (default: the model's own, else OWLv2)")
-    parser.add_argument("--sam", help="a .pth, file or URL (default: the model's own, else SAM's ViT-H)")
-    parser.add_argument("--threshold", type=float, default=0.2, help="least score of a box (default 0.2)")
-    parser.add_argument("--min-found", type=float, default=0.5, help="least share with a mask (default 0.5)")
+from sample import mask_flags, model_flags
 
 
 def arguments(given=None):

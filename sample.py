@@ -24,8 +24,8 @@ HUB = dict(detector=("detector", "google/owlv2-base-patch16-ensemble"),
 
 
 def die(message, code=2):
-    """One line on stderr and a non-zero exit: 2 before work has started, 1 during it."""
-    print(f"error: {message}", file=sys.stderr)
+    """One line on stderr (below a progress bar) and exit: 2 before work has started, 1 during it."""
+    print("\n" * (code != 2) + f"error: {message}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -60,6 +60,13 @@ def sampling_flags(parser):
     parser.add_argument("--sample-batch", type=number(int), default=5, help="images at once (default 5)")
 
 
+def mask_flags(parser):
+    parser.add_argument("--detector", help="OWLv2 or GroundingDINO (default: the model's own, else OWLv2)")
+    parser.add_argument("--sam", help="a .pth, file or URL (default: the model's own, else SAM's ViT-H)")
+    parser.add_argument("--threshold", type=float, default=0.2, help="least score of a box (default 0.2)")
+    parser.add_argument("--min-found", type=float, default=0.5, help="least share with a mask (default 0.5)")
+
+
 def arguments(given=None):
     parser = argparse.ArgumentParser(description=__doc__)
     model_flags(parser)
@@ -69,14 +76,14 @@ def arguments(given=None):
 
 
 ARGS = arguments() if __name__ == "__main__" else None  # before the slow imports: --help answers at once
-
-import psutil  # noqa: E402
-import torch  # noqa: E402
-from diffusers import FluxPipeline  # noqa: E402
-from huggingface_hub import HfApi, hf_hub_download, snapshot_download  # noqa: E402
-from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError  # noqa: E402
-from PIL import Image, ImageDraw  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+if not {"-h", "--help"} & set(sys.argv):  # the other scripts import their flags from here
+    import psutil
+    import torch
+    from diffusers import FluxPipeline
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+    from PIL import Image, ImageDraw
+    from tqdm import tqdm
 
 # the one filter of everything that is ever generated; "kidney", "kidding", "girlfriend" and "cowboy" pass
 MINORS = re.compile(

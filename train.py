@@ -12,8 +12,7 @@ import json
 import math
 from pathlib import Path
 
-from mask import mask_flags
-from sample import model_flags, number, sampling_flags
+from sample import mask_flags, model_flags, number, sampling_flags
 
 # Table 6; lr 0.7 means Prodigy's, AdamW has its own default below
 TABLE6 = dict(object=dict(steps=300, eta=1.0, gamma=3.0, tau=0.1, lambda_prior=0.6),
