@@ -15,8 +15,7 @@ from sample import die, mask_flags, model_flags, number
 
 
 def arguments(given=None):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__)
     model_flags(parser, needs_concept=False)
     parser.add_argument("--lora", type=Path, required=True, help="a LoRA folder, such as train.py's --out")
     parser.add_argument("--judge", help="a CLIP or a LLaVA (default: the model's clip/, else LLaVA-1.5)")

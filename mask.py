@@ -13,8 +13,7 @@ from sample import mask_flags, model_flags
 
 
 def arguments(given=None):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__)
     model_flags(parser)
     mask_flags(parser)
     return parser.parse_args(given)
