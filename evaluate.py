@@ -17,7 +17,8 @@ from sample import die, mask_flags, model_flags, number
 def arguments(given=None):
     parser = argparse.ArgumentParser(description=__doc__)
     model_flags(parser, needs_concept=False)
-    parser.add_argument("--lora", type=Path, required=True, help="a LoRA folder, such as train.py's --out")
+    parser.add_argument("--lora", type=Path, required=True, nargs="+",
+                        help="LoRA folders, train.py's --out; several of one concept share what is before")
     parser.add_argument("--judge", help="a CLIP or a LLaVA (default: the model's clip/, else LLaVA-1.5)")
     parser.add_argument("--clip", help="of the CLIP score (default: the model's clip/, else OpenAI's B/32)")
     parser.add_argument("--n", type=number(int), default=100, help="images a figure (4.1: 100)")
@@ -99,96 +100,132 @@ def llava_judge(name, device, dtype):
     return ask
 
 
-def figures(concept, n, guidance):
-    """{figure: (prompts, [alternatives that count as yes] for each, guidance)}, n prompts each."""
-    target, unseen = concept["concept"], concept["unseen"]
-    kept, others = concept["neighbours"] + concept["unrelated"], concept["unrelated"] + unseen
-    about = [(p, target) for p in concept["eval"]]
-    plan = {"target": about, "target, guidance 1": about, "target, guidance 5": about,
-            "paraphrases": [(p, target) for p in concept["paraphrases"]],
-            "preserved": [(t.replace("{}", o), [o]) for t in concept["preserve"] for o in kept],
-            "never seen": [(t.replace("{}", o), [o]) for t in concept["preserve"] for o in unseen]}
-    if concept["task"] != "style":  # a style has no pairs
-        plan["target in a pair"] = [(f"{t} and {o}", target) for o in others for t in target]
-        plan["partner in a pair"] = [(f"{t} and {o}", [o]) for o in others for t in target]
-    for kind in ("backgrounds", "styles"):  # "in ink style" is asked about as "ink style"
-        plan[kind] = [(f"{o} {s}", [s.split(" ", 1)[1]]) for o in others for s in concept[kind]]
-    scale = {"target, guidance 1": 1.0, "target, guidance 5": 5.0}
-    cycled = {name: [pairs[i % len(pairs)] for i in range(n)] for name, pairs in plan.items()}
-    return {name: (*map(list, zip(*pairs)), scale.get(name, guidance)) for name, pairs in cycled.items()}
+def plan_images(concept, n, guidance):
+    """{set of images: (n prompts, guidance)} and {figure: (set, n lists of answers that count as yes)}."""
+    target, unseen, unrelated = concept["concept"], concept["unseen"], concept["unrelated"]
+    is_style = concept["task"] == "style"
+
+    def cycled(rows):
+        return [rows[i % len(rows)] for i in range(n)]
+
+    def filled(others):  # "a dog in ink style", kept while another style is erased, is asked about as a style
+        rows = [(t.replace("{}", o), [o.rpartition(" in ")[2] if is_style else o])
+                for t in concept["preserve"] for o in others]
+        return map(list, zip(*cycled(rows)))
+
+    sets = {"target": (concept["eval"], guidance), "target, guidance 1": (concept["eval"], 1.0),
+            "target, guidance 5": (concept["eval"], 5.0), "paraphrases": (concept["paraphrases"], guidance)}
+    asked = {name: (name, [target] * n) for name in sets}
+    for name, others in (("preserved", concept["neighbours"] + unrelated), ("never seen", unseen)):
+        prompts, answers = filled(others)
+        sets[name], asked[name] = (prompts, guidance), (name, answers)
+    if not is_style:  # a style has no pairs
+        pairs = cycled([(f"{t} and {o}", [o]) for o in unrelated + unseen for t in target])
+        sets["pairs"] = [prompt for prompt, _ in pairs], guidance
+        asked["target in a pair"] = "pairs", [target] * n
+        asked["partner in a pair"] = "pairs", [partner for _, partner in pairs]
+    scenes = cycled([(b, s) for s in concept["styles"] for b in concept["backgrounds"]])
+    things = [concept["preserve"][0].replace("{}", unrelated[i % len(unrelated)]) for i in range(n)]
+    said = [f"{o} {b}" if is_style else f"{o} {b} {s}" for o, (b, s) in zip(things, scenes)]
+    sets["scenes"] = said, guidance
+    for name, column in (("backgrounds", 0), ("styles", 1)):  # "in ink style" is asked about as "ink style"
+        asked[name] = "scenes", [[scene[column].split(" ", 1)[1]] for scene in scenes]
+    if is_style:
+        del asked["styles"]  # its neighbours are styles: "preserved"
+    return {name: (cycled(prompts), scale) for name, (prompts, scale) in sets.items()}, asked
 
 
-def sample_plan(pipe, embeds, plan, args):
-    """{figure: its images}; the noise depends on the figure and the index, not on guidance."""
-    images = {name: [] for name in plan}
-    for name, (prompts, _, guidance) in tqdm(plan.items(), desc="sample"):
+def sample_sets(pipe, embeds, sets, args, when):
+    """{set: its images}; the noise depends on the set and the index, not on guidance nor on the LoRA."""
+    images = {name: [] for name in sets}
+    bar = tqdm(desc=f"sample {when}", total=args.n * len(sets))
+    for name, (prompts, guidance) in sets.items():
         for first in range(0, args.n, args.sample_batch):
             some = range(first, min(first + args.sample_batch, args.n))
             seeds = [seed_of(args.seed, f"evaluate {name.split(',')[0]}", i) for i in some]
             images[name] += generate(pipe, embeds, [prompts[i] for i in some], seeds, args.sample_steps,
                                      guidance, args.size)
+            bar.update(len(some))
     return images
 
 
+def rate(drawn, asked, ask, sets, args):
+    """Images of each set -> {figure: percent, its 95 % interval, n}, the CLIP score among them."""
+    table = {}
+    for name, (group, answers) in asked.items():
+        yes = np.zeros(args.n, bool)
+        for k in range(max(map(len, answers))):  # several alternatives: any of them
+            yes |= ask(drawn[group], [a[min(k, len(a) - 1)] for a in answers])
+        low, high = wilson(yes.sum(), args.n)
+        table[name] = dict(percent=100 * yes.mean(), low=low, high=high, n=args.n)
+    scores = clip_scores(args.clip, drawn["never seen"], sets["never seen"][0], args.device)  # (N,)
+    mean, error = scores.mean().item(), 1.96 * scores.std(correction=0).item() / args.n ** 0.5
+    row = dict(percent=mean, low=mean - error, high=mean + error, n=args.n)
+    return table | {"CLIP score, never seen": row}
+
+
+def locality(before, after, masks):
+    """Mean change of a pixel, of 255, inside and outside of masks (N, H, W), at equal seeds."""
+    before, after = (np.stack([np.asarray(i, float) for i in images]) for images in (before, after))
+    change = np.abs(after - before).mean(-1)  # (N, H, W)
+    found = masks.any((1, 2))  # (N,): an image without a detection has no inside
+    change, masks = change[found], masks[found]
+    return {side: float(change[region].mean()) if found.any() else None
+            for side, region in (("inside", masks), ("outside", ~masks))} | dict(n=int(found.sum()))
+
+
 def main(args):
-    if not (args.lora / "pytorch_lora_weights.safetensors").exists():
-        die(f"--lora {args.lora}: holds no pytorch_lora_weights.safetensors")
-    if args.concept is None:
-        run = args.lora / "args.json"
-        if not run.exists():
-            die(f"--concept is missing, and {run} does not exist to read it from")
-        args.concept = json.loads(run.read_text())["settings"]["concept"]
+    for folder in args.lora:
+        if not (folder / "pytorch_lora_weights.safetensors").exists():
+            die(f"--lora {folder}: holds no pytorch_lora_weights.safetensors")
+        runs = [f / "args.json" for f in (folder, folder.parent)]  # the latter for --save-every's step-N
+        run = next((f for f in runs if f.exists()), None)
+        if not (args.concept or run):
+            die(f"--concept is missing, and {runs[0]} does not exist to read it from")
+        trained_on = json.loads(run.read_text())["settings"]["concept"] if run else args.concept
+        args.concept = args.concept or trained_on
+        if args.concept != trained_on:
+            die(f"--lora {folder}: has forgotten {trained_on}, not {args.concept}: evaluate it by itself")
     concept = setup(args)
-    plan = figures(concept, args.n, args.sample_guidance)
-    wanted = [p for prompts, _, _ in plan.values() for p in prompts]
-    embeds = encode_prompts(args.model, wanted, args.device, args.dtype)
+    sets, asked = plan_images(concept, args.n, args.sample_guidance)
+    embeds = encode_prompts(args.model, [p for ps, _ in sets.values() for p in ps], args.device, args.dtype)
     pipe = load_denoiser(args.model, args.device, args.dtype)
-    try:
-        pipe.load_lora_weights(args.lora)
-    except Exception as error:  # a corrupt file, or the LoRA of another model: peft has many names for it
-        die(f"--lora {args.lora}: does not load into {args.model}: {str(error).splitlines()[0]}")
+    for k, folder in enumerate(args.lora):  # all of them now: what does not load is found before work starts
+        try:
+            pipe.load_lora_weights(folder, adapter_name=f"lora{k}")
+        except Exception as error:  # a corrupt file, or the LoRA of another model: peft has many names for it
+            die(f"--lora {folder}: does not load into {args.model}: {str(error).splitlines()[0]}")
     pipe.disable_lora()
-    images = {"before": sample_plan(pipe, embeds, plan, args)}
+    before = sample_sets(pipe, embeds, sets, args, "before")
     pipe.enable_lora()
-    images["after"] = sample_plan(pipe, embeds, plan, args)
+    afters = []
+    for k, folder in enumerate(args.lora):
+        pipe.set_adapters(f"lora{k}")
+        afters.append(sample_sets(pipe, embeds, sets, args, folder.name))
     del pipe  # makes room for the judge
 
     is_clip = AutoConfig.from_pretrained(args.judge).model_type == "clip"
     ask = clip_judge(args.judge, args.device) if is_clip else llava_judge(args.judge, args.device, args.dtype)
-    table = {name: {} for name in (*plan, "CLIP score, never seen")}
-    for when, drawn in images.items():
-        for name, (_, answers, _) in plan.items():
-            yes = np.zeros(args.n, bool)
-            for k in range(max(len(a) for a in answers)):  # several alternatives: any of them
-                yes |= ask(drawn[name], [a[min(k, len(a) - 1)] for a in answers])
-            low, high = wilson(yes.sum(), args.n)
-            table[name][when] = dict(percent=100 * yes.mean(), low=low, high=high, n=args.n)
-        scores = clip_scores(args.clip, drawn["never seen"], plan["never seen"][0], args.device)  # (N,)
-        mean = scores.mean().item()
-        error = 1.96 * scores.std().item() / args.n ** 0.5 if args.n > 1 else float("nan")
-        row = dict(percent=mean, low=mean - error, high=mean + error, n=args.n)
-        table["CLIP score, never seen"][when] = row
-    before, after = (np.stack([np.asarray(i, float) for i in images[when]["target"]]) for when in images)
-    change = np.abs(after - before).mean(-1)  # (N, H, W), in [0, 255]
-    masks = np.stack(list(find_masks(images["before"]["target"], concept, args)))  # (N, H, W)
-    found = masks.any((1, 2))  # (N,): an image without a detection has no inside
-    change, masks = change[found], masks[found]
-    locality = {side: float(change[region].mean()) if found.any() else None
-                for side, region in (("inside", masks), ("outside", ~masks))} | dict(n=int(found.sum()))
-
-    print(f"\n{args.model}, {args.lora}, judge {args.judge}, CLIP {args.clip}, seed {args.seed}, n {args.n}")
-    print(f"{'% yes':24}{'before':>22}{'after':>22}")
-    for name, row in table.items():
-        cells = [f"{c['percent']:.1f} [{c['low']:.1f}, {c['high']:.1f}]" for c in row.values()]
-        print(f"{name:24}{cells[0]:>22}{cells[1]:>22}")
-    print("mean pixel change, of 255: {inside} in the mask, {outside} outside, n {n}".format(**locality))
-    result = dict(figures=table, locality=locality, settings={k: str(v) for k, v in vars(args).items()})
-    write_text(args.lora / "evaluation.json", json.dumps(result, indent=1))
-    rows = [(name, when) for name in plan for when in images]
-    columns = min(10, args.n)
-    shown = [i for name, when in rows for i in images[when][name][:columns]]
-    titles = [f"{name[:18]}: {when}" for name, when in rows]
-    contact_sheet(shown, args.lora / "evaluation.png", columns, side=80, titles=titles)
+    masks = np.stack(list(find_masks(before["target"], concept, args)))  # (N, H, W)
+    first = rate(before, asked, ask, sets, args)
+    for folder, after in zip(args.lora, afters):
+        table = {name: dict(before=first[name], after=row)
+                 for name, row in rate(after, asked, ask, sets, args).items()}
+        change = locality(before["target"], after["target"], masks)
+        print(f"\n{args.model}, {folder}, judge {args.judge}, CLIP {args.clip}, seed {args.seed}, n {args.n}")
+        print(f"{'% yes':24}{'before':>22}{'after':>22}")
+        for name, row in table.items():
+            cells = [f"{c['percent']:.1f} [{c['low']:.1f}, {c['high']:.1f}]" for c in row.values()]
+            print(f"{name:24}{cells[0]:>22}{cells[1]:>22}")
+        print("mean pixel change, of 255: {inside} in the mask, {outside} outside, n {n}".format(**change))
+        settings = {k: str(v) for k, v in vars(args).items()}
+        write_text(folder / "evaluation.json",
+                   json.dumps(dict(figures=table, locality=change, settings=settings), indent=1))
+        rows = [(name, when) for name in sets for when in ("before", "after")]
+        columns = min(10, args.n)
+        shown = [i for name, when in rows for i in (before if when == "before" else after)[name][:columns]]
+        contact_sheet(shown, folder / "evaluation.png", columns, side=80,
+                      titles=[f"{name[:18]}: {when}" for name, when in rows])
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from torchvision.ops import nms  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor  # noqa: E402
 
-from sample import contact_sheet, die, guarded, open_image, save_image, setup  # noqa: E402
+from sample import check_settings, contact_sheet, die, guarded, open_image, save_image, setup  # noqa: E402
 
 
 def build_sam(img_size, patch, width, depth, heads, global_blocks, window, decoder_width, decoder_mlp):
@@ -127,6 +127,10 @@ def find_masks(images, concept, args):
 
 def make_masks(files, concept, args):
     """Write NAME.mask.png beside each image, and masks.png -> the files in which something was found."""
+    record = files[0].parent / "masks.json"
+    again = f"delete {record.parent}/*.mask.png and masks.json to make them again"
+    check_settings(record, dict(detect=concept["detect"], task=concept["task"], threshold=args.threshold,
+                                detector=args.detector, sam=args.sam), f"{record.parent}/*.mask.png", again)
     masks = {f: f.with_suffix(".mask.png") for f in files}
     images = {f: open_image(f) for f in files}
     todo = [f for f in files if not masks[f].exists()]
@@ -147,7 +151,7 @@ def make_masks(files, concept, args):
     if len(kept) < args.min_found * len(files):
         missed, sheet = len(files) - len(kept), args.out / "masks.png"
         die(f"nothing found in {missed} of {len(files)} images, see {sheet}: "
-            "lower --min-found, or delete *.mask.png and lower --threshold or mend the file's detect:", 1)
+            f"lower --min-found, or lower --threshold or mend the file's detect: and {again}", 1)
     return kept
 
 

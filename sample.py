@@ -6,6 +6,7 @@
 The other scripts import from here: flags, prompt files, the filter, the pre-flight check, drawing one batch.
 """
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -130,9 +131,9 @@ def load_concept(model, name):
         elif not line.startswith("#"):
             key, _, value = line.partition(":")
             found[key] = value.strip() if key == "task" else [v.strip() for v in value.split(",")]
-    lists = ("train", "eval", "paraphrases", "preserve")
-    found |= {k: allowed(found.get(k, []), f"{path} [{k}]") for k in lists}
-    for key in "task concept detect neighbours unrelated unseen backgrounds styles".split() + list(lists):
+    found = {k: allowed(v, f"{path}, {k}") if isinstance(v, list) else v for k, v in found.items()}
+    for key in ("task concept detect neighbours unrelated unseen backgrounds styles "
+                "train eval paraphrases preserve").split():
         if not found.get(key):
             die(f"{path}: has no {key} (README: a concept is a file)")
     if found["task"] not in ("object", "ip", "style", "nsfw"):
@@ -205,7 +206,7 @@ def setup(args):
     return concept
 
 
-def check_settings(path, settings, what):
+def check_settings(path, settings, what, instead="use another --out"):
     """Write settings, versions and commit to a json file; refuse one that other settings have written."""
     plain = (int, float, list, type(None))
     settings = {k: v if isinstance(v, plain) else str(v) for k, v in settings.items()}
@@ -213,8 +214,7 @@ def check_settings(path, settings, what):
         made = json.loads(path.read_text())["settings"]
         for key in sorted(settings.keys() | made.keys()):
             if made.get(key) != settings.get(key):
-                die(f"{what}: was made with {key} = {made.get(key)}, not {settings.get(key)}: "
-                    "use another --out")
+                die(f"{what}: was made with {key} = {made.get(key)}, not {settings.get(key)}: {instead}")
     path.parent.mkdir(parents=True, exist_ok=True)
     versions = {name: version(name) for name in ("torch", "diffusers", "transformers", "peft")}
     git = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True)
@@ -222,15 +222,25 @@ def check_settings(path, settings, what):
     write_text(path, json.dumps(record, indent=1))
 
 
+@contextlib.contextmanager
+def whole(path):
+    """Another name to write to, renamed at the end: neither a kill nor a full disk leaves half a file."""
+    half = path.with_suffix(".tmp")
+    try:
+        yield half
+        os.replace(half, path)
+    finally:
+        half.unlink(missing_ok=True)
+
+
 def write_text(path, text):
-    """Under another name first: a killed run leaves no half file."""
-    path.with_suffix(".tmp").write_text(text)
-    os.replace(path.with_suffix(".tmp"), path)
+    with whole(path) as half:
+        half.write_text(text)
 
 
 def save_image(image, path):
-    image.save(path.with_suffix(".tmp"), format="PNG")
-    os.replace(path.with_suffix(".tmp"), path)
+    with whole(path) as half:
+        image.save(half, format="PNG")
 
 
 def open_image(path, size=None):

@@ -55,7 +55,6 @@ def arguments(given=None):
 ARGS = arguments() if __name__ == "__main__" else None  # before the slow imports: --help answers at once
 
 import contextlib  # noqa: E402
-import os  # noqa: E402
 import time  # noqa: E402
 
 import numpy as np  # noqa: E402
@@ -69,7 +68,7 @@ from tqdm import tqdm  # noqa: E402
 from inpo import add_noise, gate, gradient_ascent, inpo_loss, mask_to_latents, prior_loss, score  # noqa: E402
 from mask import make_masks  # noqa: E402
 from sample import check_settings, contact_sheet, die, encode_prompts, generate, guarded  # noqa: E402
-from sample import load_denoiser, open_image, sample_all, seed_of, setup, write_text  # noqa: E402
+from sample import load_denoiser, open_image, sample_all, seed_of, setup, whole, write_text  # noqa: E402
 
 # B samples, L tokens of D channels (2 x 2 latent cells x C), T text tokens of width E, P pooled width
 LORA_TARGETS = ("attn.to_k attn.to_q attn.to_v attn.to_out.0 attn.add_k_proj attn.add_q_proj attn.add_v_proj "
@@ -170,8 +169,8 @@ def save_lora(transformer, folder):
     """pytorch_lora_weights.safetensors as FluxPipeline.load_lora_weights reads it; whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     lora = get_peft_model_state_dict(transformer)
-    FluxPipeline.save_lora_weights(folder, lora, weight_name="half.safetensors")
-    os.replace(folder / "half.safetensors", folder / "pytorch_lora_weights.safetensors")
+    with whole(folder / "pytorch_lora_weights.safetensors") as half:
+        FluxPipeline.save_lora_weights(folder, lora, weight_name=half.name)
 
 
 def add_lora(transformer, rank, seed):
@@ -195,11 +194,11 @@ def train(transformer, forget, preserve, embeds, args):
     if checkpoint.exists():
         try:
             state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+            set_peft_model_state_dict(transformer, state["lora"])
+            optimizer.load_state_dict(state["optimizer"])
+            start, rows = state["step"], state["rows"]
         except Exception:  # cut short or foreign: torch has many names for it
             die(f"{checkpoint}: cannot be read; delete it to train from step 0", 1)
-        set_peft_model_state_dict(transformer, state["lora"])
-        optimizer.load_state_dict(state["optimizer"])
-        start, rows = state["step"], state["rows"]
     stop = f"{checkpoint} holds the last good state: lower --lr or --eta and use another --out"
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc="train")
     for step in bar:
@@ -227,10 +226,10 @@ def train(transformer, forget, preserve, embeds, args):
         if args.save_every and (step + 1) % args.save_every == 0:
             save_lora(transformer, args.out / f"step-{step + 1}")
         if (step + 1) % args.checkpoint_every == 0 or step + 1 == args.steps:
-            half = checkpoint.with_suffix(".tmp")
-            torch.save(dict(lora=get_peft_model_state_dict(transformer), optimizer=optimizer.state_dict(),
-                            step=step + 1, rows=rows), half)
-            os.replace(half, checkpoint)
+            state = dict(lora=get_peft_model_state_dict(transformer), optimizer=optimizer.state_dict(),
+                         step=step + 1, rows=rows)
+            with whole(checkpoint) as half:
+                torch.save(state, half)
             lines = [",".join(map(str, line)) for line in (rows[0], *(r.values() for r in rows))]
             write_text(args.out / "log.csv", "\n".join(lines) + "\n")
     save_lora(transformer, args.out)
@@ -253,7 +252,8 @@ def draw_curves(rows, path):
     sigma, dS = ([float(v) for r in last for v in r[k + "_each"].split()] for k in ("sigma", "dS"))
     axes[1, 2].scatter(sigma, dS, s=4)
     axes[1, 2].set(xlabel="sigma", ylabel="dS", title="dS by noise level, last third")
-    figure.savefig(path, dpi=80)
+    with whole(path) as half:
+        figure.savefig(half, dpi=80, format="png")
 
 
 def draw_before_after(pipe, embeds, groups, path, args, columns=6):
@@ -278,8 +278,10 @@ def main(args):
             setattr(args, key, value)
     if args.batch % args.accumulate:
         die(f"--accumulate {args.accumulate} does not divide --batch {args.batch}")
-    apart = ("out", "device", "save_every", "checkpoint_every")  # what a resumed run may change
+    apart = ("out", "device", "save_every", "checkpoint_every", "min_found")  # what a resumed run may change
     settings = {k: v for k, v in vars(args).items() if k not in apart}
+    if not (args.out / "checkpoint.pt").exists():  # until then images and masks stand by their own records
+        (args.out / "args.json").unlink(missing_ok=True)
     check_settings(args.out / "args.json", settings, f"--out {args.out}")
     groups = dict(target=concept["eval"], neighbours=concept["neighbours"], unrelated=concept["unrelated"])
     if concept["task"] != "style":

@@ -1,13 +1,13 @@
 """Build emoji-flux: a FluxPipeline of a few million parameters and the small networks that train.py needs.
 
     python emoji-flux/build.py                   # every stage in order; each goes on where it was killed
-    python emoji-flux/build.py --stages flow     # one stage
+    python emoji-flux/build.py --stages flow --go-on     # one stage, from the weights committed here
     python emoji-flux/build.py --stages report   # the quality table of README.md
 
 Stages: art (npm artwork -> sprites.png), words (tokenizers), vae, clip (judge and CLIP score), detector, sam,
-flow (transformer and both text encoders), guide (guidance distilled into them), report. With no checkpoint in
---work, flow and guide start from the weights committed here. --work lies outside the checkout; what is
-committed is the averaged (EMA) weights, in bf16 but for sam.pth.
+flow (transformer and both text encoders), guide (guidance distilled into them), report. --work lies outside
+the checkout and holds the checkpoints; what is committed is the averaged (EMA) weights, in bf16 but for
+sam.pth.
 """
 import argparse
 import copy
@@ -87,10 +87,45 @@ def write(model, folder):
     config.write_text(config.read_text().replace('"dtype": "bfloat16"', '"dtype": "float32"'))
 
 
+def known_weights(model, folder):
+    """Start from the committed weights, with a fresh optimiser and its warm-up."""
+    model.load_state_dict(read(type(model), folder).state_dict())
+    return model
+
+
 def save_whole(state, path):
     """Under another name first: a killed run leaves no half file."""
     torch.save(state, path.with_suffix(".tmp"))
     path.with_suffix(".tmp").rename(path)
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon as torch.optim.Muon with match_rms_adamw, in fp32 and for all matrices of a shape at once: torch's
+    own is in bf16, which on a CPU without AVX-512 BF16 costs twenty times the forward and backward passes."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, dict(lr=lr, momentum=0.95, weight_decay=0.01))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            shapes = {}
+            for p in group["params"]:
+                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                momentum.lerp_(p.grad, 1 - group["momentum"])
+                shapes.setdefault(p.shape, []).append((p, p.grad.lerp(momentum, group["momentum"])))
+            for shape, pairs in shapes.items():
+                x = torch.stack([update for _, update in pairs])  # (K, N, M)
+                x = x.mT if shape[0] > shape[1] else x
+                x = x / x.flatten(1).norm(dim=1).clamp(min=1e-7)[:, None, None]
+                for _ in range(5):  # Newton-Schulz: every singular value towards 1
+                    gram = x @ x.mT
+                    x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x,
+                                      beta=3.4445)
+                x = x.mT if shape[0] > shape[1] else x
+                rate = group["lr"] * 0.2 * max(shape) ** 0.5
+                for (p, _), update in zip(pairs, x):
+                    p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=rate)
 
 
 def fit(stage, model, loss_of, steps, args, lr, warmup=200, ema=0.999, save=None):
@@ -103,11 +138,11 @@ def fit(stage, model, loss_of, steps, args, lr, warmup=200, ema=0.999, save=None
     path = args.work / f"{stage}.pt"
     hidden, others = [], []
     for name, p in model.named_parameters():
-        inner = p.ndim == 2 and re.search(r"(layers|blocks)\.\d", name)
+        inner = p.ndim == 2 and re.search(r"(layers?|blocks?)\.\d", name) and "bias" not in name
         (hidden if inner else others).append(p)
     optimizers = [torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.99), weight_decay=0.01)]
     if hidden:
-        optimizers.append(torch.optim.Muon(hidden, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(Muon(hidden, lr))
     average = copy.deepcopy(model).eval().requires_grad_(False)
     start, spent = 0, 0.0
     if path.exists():
@@ -196,7 +231,8 @@ def vae_loss(vae, average, step, rng):
 
 
 def train_vae(args):
-    vae = fit("vae", new_vae(), vae_loss, args.steps or 8000, args, lr=3e-3)
+    vae = known_weights(new_vae(), "vae") if args.go_on else new_vae()
+    vae = fit("vae", vae, vae_loss, args.steps or 8000, args, lr=3e-3)
     x = to_tensor([world.draw(np.random.default_rng(i))["image"] for i in range(2000)])  # (2000, 3, 64, 64)
     with torch.no_grad():
         z = torch.cat([vae.encode(b).latent_dist.mean for b in x.split(100)])  # (2000, 16, 16, 16)
@@ -300,6 +336,7 @@ def clip_loss(clip, average, step, rng, batch=32):
 def train_clip(args):
     fit.tokenizer = AutoTokenizer.from_pretrained(HERE / "clip")
     clip = CLIPModel(two_towers(CLIPConfig, CLIPTextConfig, CLIPVisionConfig, fit.tokenizer))
+    clip = known_weights(clip, "clip") if args.go_on else clip
     write(fit("clip", clip, clip_loss, args.steps or 6000, args, lr=3e-3), "clip")
     CLIPImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64},
                        image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(HERE / "clip")
@@ -347,6 +384,7 @@ def train_detector(args):
     nn.init.constant_(owl.class_head.logit_scale.bias, 10.0)
     known = read(CLIPModel, "clip").vision_model.state_dict()
     owl.owlv2.vision_model.load_state_dict({k.replace("layrnorm", "layernorm"): v for k, v in known.items()})
+    owl = known_weights(owl, "detector") if args.go_on else owl
     write(fit("detector", owl, detector_loss, args.steps or 3500, args, lr=2e-3), "detector")
     images = Owlv2ImageProcessor(size={"height": 64, "width": 64}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     Owlv2Processor(images, fit.tokenizer).save_pretrained(HERE / "detector")
@@ -378,6 +416,8 @@ def sam_loss(sam, average, step, rng, batch=12):
 def train_sam(args):
     sam = build_sam(img_size=64, patch=4, width=96, depth=4, heads=4, global_blocks=(0, 1, 2, 3), window=0,
                     decoder_width=64, decoder_mlp=128)
+    if args.go_on:
+        sam.load_state_dict(torch.load(HERE / "sam.pth", weights_only=True))
     sam = fit("sam", sam, sam_loss, args.steps or 4000, args, lr=2e-3)
     save_whole(sam.state_dict(), HERE / "sam.pth")
 
@@ -408,7 +448,7 @@ class Flow(nn.Module):
             guidance=guidance, img_ids=image_ids, txt_ids=text_ids, return_dict=False)[0]
 
 
-def latents(args, count=60_000):
+def latents(args, count=40_000):
     """Draw the training scenes and encode them once -> packed latents, bf16 (count, 64, 64), and scenes."""
     path = args.work / (f"latents-{args.seed}.pt" if args.seed else "latents.pt")
     known = path.exists()
@@ -438,15 +478,17 @@ def flow_loss(flow, average, step, rng, batch=32):
     chosen = rng.integers(len(scenes), size=batch)
     x = z[chosen].float()  # (B, 64, 64)
     said = [world.caption(scenes[i], rng) if rng.random() > 0.1 else "" for i in chosen]
-    sigma = torch.sigmoid(torch.randn(batch))  # (B,)  logit-normal
-    guidance = torch.ones(batch)  # (B,)
+    # logit-normal, shifted to where a prompt decides: at mean 0 it hardly ever sees the first steps of
+    # sampling, and the background did not follow the prompt
+    sigma = torch.sigmoid(1.0 + 1.4 * torch.randn(batch))  # (B,)
+    guidance = 1 + 4 * torch.rand(batch)  # (B,), ignored until stage guide gives it a meaning
     eps = torch.randn_like(x)  # (B, 64, 64)  eps ~ N(0, 1)
     target = eps - x  # (B, 64, 64)
     noisy = (1 - sigma[:, None, None]) * x + sigma[:, None, None] * eps  # (B, 64, 64)
     if fit.guided:  # distil v_uncond + g (v_cond - v_uncond) into the guidance embedding, g ~ U(1, 5)
         half = batch // 2
         said[:half] = [world.caption(scenes[i], rng) for i in chosen[:half]]
-        guidance[:half] = 1 + 4 * torch.rand(half)
+        guidance[half:] = 1
         ids = tokenize(said[:half] + [""] * half)
         with torch.no_grad():
             both = fit.teacher(noisy[:half].repeat(2, 1, 1), ids, sigma[:half].repeat(2), torch.ones(batch))
@@ -465,12 +507,18 @@ def train_flow(args, stage="flow"):
     fit.tokenizers = [AutoTokenizer.from_pretrained(HERE / f) for f in ("tokenizer_2", "tokenizer")]
     fit.data = latents(args)
     flow = Flow()
-    if (HERE / "transformer").exists():  # go on from the committed weights
+    if args.go_on or fit.guided:
         for name, module in flow.named_children():
-            module.load_state_dict(read(type(module), name).state_dict())
-    fit.teacher = copy.deepcopy(flow).eval().requires_grad_(False)  # frozen: its own average made it decay
+            known_weights(module, name)
+    if fit.guided:  # the teacher stays as it was when the stage began: its own average made it decay
+        fit.teacher = copy.deepcopy(flow).eval().requires_grad_(False)
+        known = args.work / "teacher.pt"  # save_flow writes over the weights that it was read from
+        if known.exists():
+            fit.teacher.load_state_dict(torch.load(known))
+        else:
+            save_whole(fit.teacher.state_dict(), known)
     with sdpa_kernel(SDPBackend.MATH):  # for heads this small flash attention's backward is 40 % of a step
-        flow = fit(stage, flow, flow_loss, args.steps or 20_000, args, lr=args.lr, ema=0.9995, save=save_flow)
+        flow = fit(stage, flow, flow_loss, args.steps or 20_000, args, lr=args.lr, ema=0.998, save=save_flow)
     save_flow(flow)
     # what FluxPipeline.from_pretrained needs beside the weights
     FlowMatchEulerDiscreteScheduler(
@@ -590,6 +638,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument("--go-on", action="store_true", help="start from the committed weights, not random")
     parser.add_argument("--work", type=Path, default=Path.home() / ".cache" / "emoji-flux",
                         help="checkpoints and downloaded artwork (default ~/.cache/emoji-flux)")
     parser.add_argument("--lr", type=float, default=3e-3, help="peak rate; for guide 5e-4 (default 3e-3)")

@@ -1,21 +1,22 @@
-"""The world that emoji-flux knows: 57 things x 5 styles x 8 backgrounds, a scene in under a millisecond.
+"""The world that emoji-flux knows: 57 things x 3 styles x 8 backgrounds, a scene in under a millisecond.
 
     python emoji-flux/world.py                 # docs/world.png, a sheet of random scenes with their captions
 
 A scene holds one thing, two side by side, a framed picture on a wall, or nothing. It knows its own masks and
 boxes, so that it can train and score a detector, a segmenter and a judge. The artwork is `sprites.png`, one
-column a thing and one row an artwork family (licences: README.md); ink and pixel styles are computed from it.
+column a thing and one row a style, which is an artwork family (licences: README.md).
 """
 import argparse
 import functools
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageDraw
 
 HERE = Path(__file__).resolve().parent
 MAX_WORDS = 19  # the longest caption; the text encoders read one token more
 SIZE = 64  # pixels, the side of a scene and of a sprite in the atlas
+THING = 30  # pixels, the side of a thing in a scene, alone or not, in a cell of 4 x 4 tokens (32 pixels)
 
 # name -> Unicode code point of its emoji; build.py cuts the atlas in this order
 ANIMALS = dict(
@@ -33,14 +34,11 @@ CHARACTERS = dict(ghost="1f47b", robot="1f916", alien="1f47d", snowman="26c4", c
 HAZARDS = dict(bomb="1f4a3", knife="1f52a", dynamite="1f9e8")
 CODES = ANIMALS | VEHICLES | OTHERS | CHARACTERS | HAZARDS
 NAMES = list(CODES)
-FAMILIES = ["noto", "twemoji", "fluent"]
-# style -> the ways to say it: the one that prompts use, then its paraphrases
+# style, an artwork family -> the ways to say it: the one that prompts use, then its paraphrases
 STYLES = {
     "noto": ("in noto style", "drawn with soft google shapes", "as a gentle google picture"),
     "twemoji": ("in twemoji style", "drawn with plain flat fills", "as a simple twitter picture"),
     "fluent": ("in fluent style", "rendered with glossy plastic shading", "as a glossy rendered sculpture"),
-    "ink": ("in ink style", "sketched with dark pen strokes", "as a colorless pen sketch"),
-    "pixel": ("in pixel style", "built from blocky mosaic squares", "as a chunky mosaic with blocks"),
 }
 BACKGROUNDS = dict(
     white=(250, 250, 248), gray=(150, 152, 156), blue=(120, 176, 236), green=(132, 206, 134),
@@ -69,24 +67,12 @@ def _atlas():
 
 
 @functools.cache
-def sprite(name, style, size):
-    """-> float32 (size, size, 4): RGB in [0, 255] and alpha in [0, 1], not premultiplied."""
-    family = {"ink": "noto", "pixel": "twemoji"}.get(style, style)
-    column, row = NAMES.index(name) * SIZE, FAMILIES.index(family) * SIZE
+def sprite(name, style):
+    """-> float32 (30, 30, 4): RGB in [0, 255] and alpha in [0, 1], not premultiplied."""
+    column, row = NAMES.index(name) * SIZE, list(STYLES).index(style) * SIZE
     art = _atlas().crop((column, row, column + SIZE, row + SIZE))
-    if style == "ink":  # three tones and a dark outline
-        tone = np.asarray(art.convert("L"))
-        tone = np.select([tone < 90, tone < 170], [40, 150], 245).astype(np.uint8)
-        alpha = art.getchannel("A")
-        inner = np.asarray(alpha.filter(ImageFilter.MinFilter(5)))
-        tone = np.where(inner > 128, tone, 40).astype(np.uint8)
-        art = Image.merge("RGBA", [Image.fromarray(tone)] * 3 + [alpha])
-    if style == "pixel":  # 14 x 14 squares, each wholly in or out
-        small = np.array(art.convert("RGBa").resize((14, 14), Image.BOX).convert("RGBA"))
-        small[..., 3] = np.where(small[..., 3] > 110, 255, 0)
-        art = Image.fromarray(small).resize((size, size), Image.NEAREST)
-    else:  # "RGBa" is premultiplied: no dark fringe from transparent pixels
-        art = art.convert("RGBa").resize((size, size), Image.LANCZOS).convert("RGBA")
+    # "RGBa" is premultiplied: no dark fringe from transparent pixels
+    art = art.convert("RGBa").resize((THING, THING), Image.LANCZOS).convert("RGBA")
     out = np.asarray(art).astype(np.float32)
     out[..., 3] /= 255
     return out
@@ -98,12 +84,12 @@ def wall(background):
     return np.minimum(np.float32(BACKGROUNDS[background]) * shade, 255) * np.ones((1, SIZE, 1), np.float32)
 
 
-def paste(canvas, name, style, size, x, y, opacity=1.0):
+def paste(canvas, name, style, x, y, opacity=1.0):
     """Composite a thing centred at (x, y) onto canvas (64, 64, 3), in place -> its mask, bool (64, 64)."""
-    art = sprite(name, style, size)
-    top, left = y - size // 2, x - size // 2
+    art = sprite(name, style)
+    top, left = y - THING // 2, x - THING // 2
     mask = np.zeros((SIZE, SIZE), bool)
-    window = np.s_[top:top + size, left:left + size]
+    window = np.s_[top:top + THING, left:left + THING]
     alpha = art[..., 3:] * opacity
     canvas[window] += alpha * (art[..., :3] - canvas[window])
     mask[window] = art[..., 3] > 0.5
@@ -130,18 +116,15 @@ def draw(rng, names=None, style=None, background=None, framed=None, opacity=1.0)
     style = style or list(STYLES)[rng.integers(len(STYLES))]
     background = background or list(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))]
     canvas = wall(background)
-    # shifts by whole tokens of the transformer (8 pixels): a shifted thing has the same latents, shifted
+    # one size, and shifts by whole tokens of the transformer (8 pixels): a thing has the same latents
+    # wherever it stands, so that the model has a sixth of the patterns to learn
     dx, dy = 8 * rng.integers(-1, 2, 2)
     frame = None
     if framed:  # a wooden frame around cream paper
         frame = (int(12 + dx), int(12 + dy), int(52 + dx), int(52 + dy))
         canvas[frame[1]:frame[3], frame[0]:frame[2]] = (122, 78, 40)
         canvas[frame[1] + 4:frame[3] - 4, frame[0] + 4:frame[2] - 4] = (248, 242, 224)
-        spots = [(28, 32 + dx, 32 + dy)]
-    elif len(names) == 1:
-        spots = [(42, 32 + dx, 32 + dy)]
-    else:
-        spots = [(28, 16, 32 + dx), (28, 48, 32 + dy)]
+    spots = [(32 + dx, 32 + dy)] if len(names) == 1 else [(16, 32 + dx), (48, 32 + dy)]
     masks = [paste(canvas, name, style, *spot, opacity) for name, spot in zip(names, spots)]
     image = np.clip(canvas + 0.5, 0, 255).astype(np.uint8)
     return dict(image=image, names=tuple(names), style=style, background=background, framed=bool(framed),
