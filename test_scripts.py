@@ -214,7 +214,7 @@ def test_mask_finds_every_instance_and_nothing_else(tmp_path):
 def test_mask_of_a_style_is_the_whole_frame(tmp_path):
     names = enumerate(world.NAMES[:20])
     drawn = [scene_image([name], seed, style="noto", framed=True) for seed, name in names]
-    ious = []
+    ious, filled = [], []
     noto = sample.load_concept(EMOJI, "noto")
     found = mask.find_masks([image for image, _ in drawn], noto, mask_args(tmp_path))
     for region, (_, scene) in zip(found, drawn):
@@ -222,7 +222,10 @@ def test_mask_of_a_style_is_the_whole_frame(tmp_path):
         truth = np.zeros((64, 64), bool)
         truth[y0:y1, x0:x1] = True
         ious.append((region & truth).sum() / (region | truth).sum())
+        ys, xs = np.nonzero(region)
+        filled.append(len(ys) == 0 or len(ys) == (np.ptp(ys) + 1) * (np.ptp(xs) + 1))
     assert np.mean(ious) > 0.75
+    assert np.mean(filled) >= 0.9  # two overlapping boxes are a union, not a rectangle
 
 
 def test_images_without_the_concept_are_dropped_and_too_few_is_refused(tmp_path, capsys):
@@ -413,7 +416,9 @@ def test_evaluation_of_a_run(trained, capsys):
     assert wanted <= found["figures"].keys()
     assert all(0 <= c["low"] <= c["percent"] + 1e-9 for row in found["figures"].values() for c in row.values()
                if not math.isnan(c["low"]))
-    assert found["locality"]["n"] <= 4 and (trained / "evaluation.png").exists()
+    n, inside = found["locality"]["n"], found["locality"]["inside"]
+    assert 0 <= n <= 4 and (inside is None if n == 0 else inside >= 0)
+    assert (trained / "evaluation.png").exists()
     assert "target, guidance 5" in capsys.readouterr().out
 
 
