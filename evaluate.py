@@ -8,6 +8,7 @@ the target; the other figures are the share of "yes" about what was asked for. I
 and 1.96 standard errors for the CLIP score. Results go to evaluation.json and evaluation.png beside the LoRA.
 """
 import argparse
+import functools
 import json
 from pathlib import Path
 
@@ -48,10 +49,16 @@ def wilson(yes, n, z=1.96):
     return 100 * (p + z * z / (2 * n) - half) / d, 100 * (p + z * z / (2 * n) + half) / d
 
 
+@functools.cache
+def load_clip(name, device):
+    """Once, not for every figure."""
+    return (AutoProcessor.from_pretrained(name),
+            CLIPModel.from_pretrained(name, dtype=torch.float32).to(device).eval())
+
+
 def clip_scores(name, images, texts, device):
     """100 x cosine of each image and its text (N,), by transformers' CLIPModel."""
-    processor = AutoProcessor.from_pretrained(name)
-    model = CLIPModel.from_pretrained(name, dtype=torch.float32).to(device).eval()
+    processor, model = load_clip(name, device)
     found = []
     for first in range(0, len(images), 50):
         some = slice(first, first + 50)
