@@ -42,6 +42,7 @@ import world
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # the repository's own scripts
 from mask import build_sam, detect, load_sam  # noqa: E402
+from sample import whole  # noqa: E402
 
 
 def bf16_is_fast():
@@ -94,9 +95,8 @@ def known_weights(model, folder):
 
 
 def save_whole(state, path):
-    """Under another name first: a killed run leaves no half file."""
-    torch.save(state, path.with_suffix(".tmp"))
-    path.with_suffix(".tmp").rename(path)
+    with whole(path) as half:
+        torch.save(state, half)
 
 
 class Muon(torch.optim.Optimizer):
@@ -132,8 +132,8 @@ def fit(stage, model, loss_of, steps, args, lr, warmup=200, ema=0.999, save=None
     """The one training loop of every stage: warm-up, linear decay, EMA, checkpoints -> the averaged model.
 
     Muon trains the matrices of transformer layers and AdamW the rest: half the steps that AdamW alone needs.
-    loss_of(model, average, step, rng) -> scalar; rng depends on (seed, step) alone: a resumed run sees the
-    same data. save(average) is called at every checkpoint.
+    loss_of(model, rng) -> scalar; rng depends on (seed, step) alone: a resumed run sees the same data.
+    save(average) is called at every checkpoint.
     """
     path = args.work / f"{stage}.pt"
     hidden, others = [], []
@@ -159,7 +159,7 @@ def fit(stage, model, loss_of, steps, args, lr, warmup=200, ema=0.999, save=None
     for step in bar:
         torch.manual_seed(args.seed * 10**6 + step)
         with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
-            loss = loss_of(model, average, step, np.random.default_rng([args.seed, step]))
+            loss = loss_of(model, np.random.default_rng([args.seed, step]))
         loss.backward()
         if not torch.isfinite(loss):
             sys.exit(f"{stage}: the loss is {loss.item()} at step {step}; {path} is the last good state")
@@ -221,7 +221,7 @@ def new_vae():
     return vae
 
 
-def vae_loss(vae, average, step, rng):
+def vae_loss(vae, rng):
     x = to_tensor([world.draw(rng)["image"] for _ in range(8)])  # (B, 3, 64, 64)
     posterior = vae.encode(x).latent_dist
     error = vae.decode(posterior.sample()).sample.float() - x  # (B, 3, 64, 64)
@@ -318,7 +318,7 @@ def worn_scenes(rng, batch, faint, share):
     return scenes, torch.stack([worn(s, rng) for s in scenes])
 
 
-def clip_loss(clip, average, step, rng, batch=32):
+def clip_loss(clip, rng, batch=32):
     """Sigmoid loss on every question's margin over "a picture", and a contrastive loss on whole captions."""
     scenes, x = worn_scenes(rng, batch, faint=0.4, share=0.25)  # (B, 3, 64, 64)
     tokens = token_ids(fit.tokenizer, ASKED + [world.caption(s, rng) for s in scenes])  # (72 + B, T)
@@ -342,7 +342,7 @@ def train_clip(args):
                        image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(HERE / "clip")
 
 
-def detector_loss(owl, average, step, rng, batch=32):
+def detector_loss(owl, rng, batch=32):
     """Sigmoid loss on words, L1 and generalised IoU on boxes. A box belongs to the patches near its centre, a
     frame to those near its upper left corner instead, since what hangs in it has the same centre."""
     scenes, x = worn_scenes(rng, batch, faint=0.5, share=0.2)  # (B, 3, 64, 64)
@@ -390,7 +390,7 @@ def train_detector(args):
     Owlv2Processor(images, fit.tokenizer).save_pretrained(HERE / "detector")
 
 
-def sam_loss(sam, average, step, rng, batch=12):
+def sam_loss(sam, rng, batch=12):
     """One mask from one box a prompt, as SamPredictor asks with multimask_output=False: BCE + dice."""
     scenes = [s for s in (world.draw(rng) for _ in range(batch)) if s["names"]]
     images = torch.stack([(worn(s, rng) + 1) * 127.5 for s in scenes])  # (B, 3, 64, 64) in [0, 255]
@@ -451,28 +451,27 @@ class Flow(nn.Module):
 def latents(args, count=40_000):
     """Draw the training scenes and encode them once -> packed latents, bf16 (count, 64, 64), and scenes."""
     path = args.work / (f"latents-{args.seed}.pt" if args.seed else "latents.pt")
-    known = path.exists()
+    if path.exists():
+        return torch.load(path)
     rng = np.random.default_rng(args.seed)
     vae = read(AutoencoderKL, "vae")
     scenes, z = [], []
     for _ in tqdm(range(count // 100), desc="latents", mininterval=5):
         chunk = [world.draw(rng) for _ in range(100)]
         scenes += [dict(s, image=None, masks=None) for s in chunk]
-        if not known:
-            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
-                mean = vae.encode(to_tensor([s["image"] for s in chunk])).latent_dist.mean.float()
-            mean = (mean - vae.config.shift_factor) * vae.config.scaling_factor  # (100, 16, 16, 16)
-            z.append(FluxPipeline._pack_latents(mean, 100, 16, 16, 16).bfloat16())  # (100, 64, 64)
-    if not known:
-        save_whole(torch.cat(z), path)
-    return torch.load(path), scenes
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
+            mean = vae.encode(to_tensor([s["image"] for s in chunk])).latent_dist.mean.float()
+        mean = (mean - vae.config.shift_factor) * vae.config.scaling_factor  # (100, 16, 16, 16)
+        z.append(FluxPipeline._pack_latents(mean, 100, 16, 16, 16).bfloat16())  # (100, 64, 64)
+    save_whole((torch.cat(z), scenes), path)
+    return torch.cat(z), scenes
 
 
 def tokenize(texts):
     return [token_ids(t, texts) for t in fit.tokenizers]  # (B, 20), (B, 21)
 
 
-def flow_loss(flow, average, step, rng, batch=32):
+def flow_loss(flow, rng, batch=32):
     """Rectified flow matching; if fit.guided, half of the batch learns the teacher's guided velocity."""
     z, scenes = fit.data
     chosen = rng.integers(len(scenes), size=batch)
