@@ -9,6 +9,7 @@ and 1.96 standard errors for the CLIP score. Results go to evaluation.json and e
 """
 import argparse
 import functools
+import hashlib
 import json
 from pathlib import Path
 
@@ -22,6 +23,8 @@ def arguments(given=None):
                         help="LoRA folders, train.py's --out; several of one concept share what is before")
     parser.add_argument("--judge", help="a CLIP or a LLaVA (default: the model's clip/, else LLaVA-1.5)")
     parser.add_argument("--clip", help="of the CLIP score (default: the model's clip/, else OpenAI's B/32)")
+    parser.add_argument("--out", type=Path, help="the frozen model's images go to OUT/before, for all LoRAs "
+                                                 "of the concept (default out/MODEL-CONCEPT)")
     parser.add_argument("--n", type=number(int), default=100, help="images a figure (4.1: 100)")
     parser.add_argument("--sample-steps", type=number(int), default=28, help="denoising steps (default 28)")
     parser.add_argument("--sample-guidance", type=number(strict=False), default=3.5, help="default 3.5")
@@ -38,8 +41,10 @@ from tqdm import tqdm  # noqa: E402
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, CLIPModel  # noqa: E402
 
 from mask import find_masks  # noqa: E402
-from sample import (contact_sheet, encode_prompts, generate, guarded, load_denoiser, seed_of,  # noqa: E402
-                    setup, write_text)
+from sample import (contact_sheet, encode_prompts, guarded, load_denoiser, open_image,  # noqa: E402
+                    sample_set, setup, write_text)
+
+WEIGHTS = "pytorch_lora_weights.safetensors"  # as diffusers names it
 
 
 def wilson(yes, n, z=1.96):
@@ -107,52 +112,52 @@ def llava_judge(name, device, dtype):
     return ask
 
 
+def cycled(rows, n):
+    return [rows[i % len(rows)] for i in range(n)]
+
+
 def plan_images(concept, n, guidance):
-    """{set of images: (n prompts, guidance)} and {figure: (set, n lists of answers that count as yes)}."""
+    """{set of images: (its prompts, in turn, guidance)}, {figure: (set, n lists of answers that are a yes)}.
+    """
     target, unseen, unrelated = concept["concept"], concept["unseen"], concept["unrelated"]
     is_style = concept["task"] == "style"
 
-    def cycled(rows):
-        return [rows[i % len(rows)] for i in range(n)]
-
-    def filled(others):  # "a dog in ink style", kept while another style is erased, is asked about as a style
+    def filled(others):  # "a dog in noto style", kept while another style is erased, is asked about as a style
         rows = [(t.replace("{}", o), [o.rpartition(" in ")[2] if is_style else o])
                 for t in concept["preserve"] for o in others]
-        return map(list, zip(*cycled(rows)))
+        return zip(*rows)
 
     sets = {"target": (concept["eval"], guidance), "target, guidance 1": (concept["eval"], 1.0),
             "target, guidance 5": (concept["eval"], 5.0), "paraphrases": (concept["paraphrases"], guidance)}
     asked = {name: (name, [target] * n) for name in sets}
     for name, others in (("preserved", concept["neighbours"] + unrelated), ("never seen", unseen)):
         prompts, answers = filled(others)
-        sets[name], asked[name] = (prompts, guidance), (name, answers)
+        sets[name], asked[name] = (prompts, guidance), (name, cycled(answers, n))
     if not is_style:  # a style has no pairs
-        pairs = cycled([(f"{t} and {o}", [o]) for o in unrelated + unseen for t in target])
+        pairs = [(f"{t} and {o}", [o]) for o in unrelated + unseen for t in target]
         sets["pairs"] = [prompt for prompt, _ in pairs], guidance
         asked["target in a pair"] = "pairs", [target] * n
-        asked["partner in a pair"] = "pairs", [partner for _, partner in pairs]
-    scenes = cycled([(b, s) for s in concept["styles"] for b in concept["backgrounds"]])
-    things = [concept["preserve"][0].replace("{}", unrelated[i % len(unrelated)]) for i in range(n)]
+        asked["partner in a pair"] = "pairs", cycled([partner for _, partner in pairs], n)
+    scenes = [(b, s) for b in concept["backgrounds"] for s in concept["styles"]]
+    things = cycled([concept["preserve"][0].replace("{}", o) for o in unrelated], len(scenes))
     said = [f"{o} {b}" if is_style else f"{o} {b} {s}" for o, (b, s) in zip(things, scenes)]
     sets["scenes"] = said, guidance
-    for name, column in (("backgrounds", 0), ("styles", 1)):  # "in ink style" is asked about as "ink style"
-        asked[name] = "scenes", [[scene[column].split(" ", 1)[1]] for scene in scenes]
+    for name, column in (("backgrounds", 0), ("styles", 1)):  # "in noto style" is asked about as "noto style"
+        asked[name] = "scenes", cycled([[scene[column].split(" ", 1)[1]] for scene in scenes], n)
     if is_style:
         del asked["styles"]  # its neighbours are styles: "preserved"
-    return {name: (cycled(prompts), scale) for name, (prompts, scale) in sets.items()}, asked
+    return sets, asked
 
 
-def sample_sets(pipe, embeds, sets, args, when):
-    """{set: its images}; the noise depends on the set and the index, not on guidance nor on the LoRA."""
-    images = {name: [] for name in sets}
-    bar = tqdm(desc=f"sample {when}", total=args.n * len(sets))
+def sample_sets(pipe, embeds, sets, folder, lora, args):
+    """{set: its images}, kept in folder; the noise depends on the set and the index, not on guidance or LoRA.
+    """
+    images = {}
     for name, (prompts, guidance) in sets.items():
-        for first in range(0, args.n, args.sample_batch):
-            some = range(first, min(first + args.sample_batch, args.n))
-            seeds = [seed_of(args.seed, f"evaluate {name.split(',')[0]}", i) for i in some]
-            images[name] += generate(pipe, embeds, [prompts[i] for i in some], seeds, args.sample_steps,
-                                     guidance, args.size)
-            bar.update(len(some))
+        mine = argparse.Namespace(**vars(args) | dict(sample_guidance=guidance))
+        seeds = f"evaluate {name.split(',')[0]}"
+        made = sample_set(pipe, embeds, folder / name, seeds, list(prompts), args.n, mine, lora=lora)
+        images[name] = [open_image(file) for file, _ in made]
     return images
 
 
@@ -165,7 +170,8 @@ def rate(drawn, asked, ask, sets, args):
             yes |= ask(drawn[group], [a[min(k, len(a) - 1)] for a in answers])
         low, high = wilson(yes.sum(), args.n)
         table[name] = dict(percent=100 * yes.mean(), low=low, high=high, n=args.n)
-    scores = clip_scores(args.clip, drawn["never seen"], sets["never seen"][0], args.device)  # (N,)
+    said = cycled(sets["never seen"][0], args.n)
+    scores = clip_scores(args.clip, drawn["never seen"], said, args.device)  # (N,)
     mean, error = scores.mean().item(), 1.96 * scores.std(correction=0).item() / args.n ** 0.5
     row = dict(percent=mean, low=mean - error, high=mean + error, n=args.n)
     return table | {"CLIP score, never seen": row}
@@ -183,8 +189,8 @@ def locality(before, after, masks):
 
 def main(args):
     for folder in args.lora:
-        if not (folder / "pytorch_lora_weights.safetensors").exists():
-            die(f"--lora {folder}: holds no pytorch_lora_weights.safetensors")
+        if not (folder / WEIGHTS).exists():
+            die(f"--lora {folder}: holds no {WEIGHTS}")
         runs = [f / "args.json" for f in (folder, folder.parent)]  # the latter for --save-every's step-N
         run = next((f for f in runs if f.exists()), None)
         if not (args.concept or run):
@@ -203,12 +209,13 @@ def main(args):
         except Exception as error:  # a corrupt file, or the LoRA of another model: peft has many names for it
             die(f"--lora {folder}: does not load into {args.model}: {str(error).splitlines()[0]}")
     pipe.disable_lora()
-    before = sample_sets(pipe, embeds, sets, args, "before")
+    before = sample_sets(pipe, embeds, sets, args.out / "before", None, args)
     pipe.enable_lora()
     afters = []
     for k, folder in enumerate(args.lora):
         pipe.set_adapters(f"lora{k}")
-        afters.append(sample_sets(pipe, embeds, sets, args, folder.name))
+        digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()  # another LoRA, another set
+        afters.append(sample_sets(pipe, embeds, sets, folder / "after", digest, args))
     del pipe  # makes room for the judge
 
     is_clip = AutoConfig.from_pretrained(args.judge).model_type == "clip"

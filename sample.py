@@ -198,6 +198,9 @@ def setup(args):
     args.size = check_model(args.model, args.device, args.dtype, getattr(args, "size", None))
     seed = f"-{args.seed}" if args.seed else ""
     args.out = getattr(args, "out", None) or Path("out") / f"{Path(args.model).name}-{args.concept}{seed}"
+    there = next(p for p in (args.out, *args.out.absolute().parents) if p.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        die(f"--out {args.out}: {there} is no folder that can be written to")
     for flag, (name, hub) in HUB.items():
         if hasattr(args, flag):
             beside = Path(args.model) / name
@@ -303,7 +306,7 @@ def generate(pipe, embeds, prompts, seeds, steps, guidance, size):
                 guidance_scale=guidance, height=size, width=size).images
 
 
-def sample_set(pipe, embeds, folder, concept, prompts, count, args):
+def sample_set(pipe, embeds, folder, concept, prompts, count, args, **made_by):
     """Fill folder with 000.png ... and manifest.json -> [(path, prompt)]; what is there stays as it is.
 
     They are made in whole groups of args.sample_batch, so that their number cannot change their rounding.
@@ -311,24 +314,26 @@ def sample_set(pipe, embeds, folder, concept, prompts, count, args):
     group = args.sample_batch
     check_settings(folder / "settings.json", dict(
         model=args.model, concept=concept, prompts=prompts, seed=args.seed, size=args.size, group=group,
-        steps=args.sample_steps, guidance=args.sample_guidance, dtype=args.dtype), folder)
+        steps=args.sample_steps, guidance=args.sample_guidance, dtype=args.dtype, **made_by), folder,
+        f"use another --out, or delete {folder}")
     rows = [(folder / f"{i:03}.png", prompts[i % len(prompts)], seed_of(args.seed, concept, i))
             for i in range(-(-count // group) * group)]
     manifest = [dict(file=f.name, prompt=p, seed=s) for f, p, s in rows[:count]]
     write_text(folder / "manifest.json", json.dumps(manifest, indent=1))
-    for first in range(0, count, group):
-        if not all(f.exists() for f, _, _ in rows[first:min(first + group, count)]):
-            files, texts, seeds = zip(*rows[first:first + group])
-            images = generate(pipe, embeds, texts, seeds, args.sample_steps, args.sample_guidance, args.size)
-            for file, image in list(zip(files, images))[:count - first]:
-                save_image(image, file)
+    missing = [first for first in range(0, count, group)
+               if not all(f.exists() for f, _, _ in rows[first:min(first + group, count)])]
+    for first in tqdm(missing, desc=f"sample {folder.parent.name}/{folder.name}", unit=f"{group} images"):
+        files, texts, seeds = zip(*rows[first:first + group])
+        images = generate(pipe, embeds, texts, seeds, args.sample_steps, args.sample_guidance, args.size)
+        for file, image in list(zip(files, images))[:count - first]:
+            save_image(image, file)
     return [(f, p) for f, p, _ in rows[:count]]
 
 
 def sample_all(pipe, embeds, concept, args):
     """Step 1 of Algorithm 1 -> D_ES and D_PR, each [(path, prompt)]."""
     preserve = []
-    for other in tqdm(concept["neighbours"] + concept["unrelated"], desc="sample preserve set"):
+    for other in concept["neighbours"] + concept["unrelated"]:
         prompts = [t.replace("{}", other) for t in concept["preserve"]]
         folder = args.out / "preserve" / other
         preserve += sample_set(pipe, embeds, folder, other, prompts, args.n_preserve, args)

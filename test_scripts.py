@@ -96,7 +96,7 @@ def test_help_answers_at_once(script):
     ("--eta 0", "--eta"), ("--gamma -1", "--gamma"), ("--beta nan", "--beta"), ("--lr inf", "--lr"),
     ("--tau nan", "--tau"), ("--steps 0", "--steps"), ("--batch 0", "--batch"), ("--rank 0", "--rank"),
     ("--size 60", "--size"), ("--accumulate 3", "--accumulate"), ("--concept kat", "kat"),
-    ("--model docs", "FluxPipeline"), ("--lambda-prior -1", "--lambda-prior"), ("--eta one", "--eta")])
+    ("--model docs", "FluxPipeline"), ("--out LICENSE/cat", "--out"), ("--lambda-prior -1", "--lambda-prior"), ("--eta one", "--eta")])
 def test_bad_input_is_one_line_and_writes_nothing(flags, named, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     line = refusal(lambda: run_train(tmp_path / "out", *flags.split()), capsys)
@@ -408,9 +408,13 @@ def test_split_batch_has_the_same_gradient(trained):
 
 # -------------------------------------------------------------------------------- evaluation
 
-def test_evaluation_of_a_run(trained, capsys):
-    sys_args = ["--model", EMOJI, "--lora", str(trained), "--n", "4", "--sample-steps", "4"]
-    evaluate.main(evaluate.arguments(sys_args))
+def evaluation(trained, out, *more):
+    given = ["--model", EMOJI, "--lora", str(trained), "--out", str(out), "--n", "4", "--sample-steps", "2"]
+    return evaluate.main(evaluate.arguments([*given, *more]))
+
+
+def test_evaluation_of_a_run(trained, tmp_path, capsys):
+    evaluation(trained, tmp_path)
     found = json.loads((trained / "evaluation.json").read_text())
     wanted = {"target", "preserved", "never seen", "paraphrases", "partner in a pair"}
     assert wanted <= found["figures"].keys()
@@ -422,13 +426,30 @@ def test_evaluation_of_a_run(trained, capsys):
     assert "target, guidance 5" in capsys.readouterr().out
 
 
+def test_killed_evaluation_goes_on_and_another_lora_is_not_mixed_in(trained, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    shutil.rmtree(run / "after", ignore_errors=True)
+    evaluation(run, tmp_path)
+    first = (run / "evaluation.json").read_text()
+    (run / "after" / "pairs" / "001.png").unlink()  # as a kill would leave it
+    (tmp_path / "before" / "target" / "003.png").unlink()
+    generate, made = sample.generate, []
+    monkeypatch.setattr(sample, "generate", lambda *a: made.append(a) or generate(*a))
+    evaluation(run, tmp_path)
+    assert (run / "evaluation.json").read_text() == first
+    assert len(made) == 2  # one group each: the rest was kept
+    shutil.copy(run / "step-6" / WEIGHTS, run)
+    assert "delete" in refusal(lambda: evaluation(run, tmp_path), capsys)
+
+
 def test_plan_asks_each_image_about_what_it_shows():
     cat = sample.load_concept(EMOJI, "cat")
     sets, asked = evaluate.plan_images(cat, 12, 3.5)
-    assert {len(p) for p, _ in sets.values()} == {len(a) for _, a in asked.values()} == {12}
+    assert {len(answers) for _, answers in asked.values()} == {12}
     for name in ("preserved", "never seen", "partner in a pair", "backgrounds", "styles"):
         group, answers = asked[name]
-        for prompt, (answer,) in zip(sets[group][0], answers):
+        for prompt, (answer,) in zip(evaluate.cycled(sets[group][0], 12), answers):
             assert answer in prompt and answer != "a cat"
     assert sets["target, guidance 5"] == (sets["target"][0], 5.0) and asked["target"][1][0] == ["a cat"]
     noto = sample.load_concept(EMOJI, "noto")
@@ -437,9 +458,9 @@ def test_plan_asks_each_image_about_what_it_shows():
     assert ["twemoji style"] in asked["preserved"][1]
 
 
-def test_several_loras_of_one_concept_share_what_is_before(trained, capsys):
+def test_several_loras_of_one_concept_share_what_is_before(trained, tmp_path, capsys):
     runs = [str(trained), str(trained / "step-6")]  # a step's folder takes the concept from its run's
-    evaluate.main(evaluate.arguments(["--model", EMOJI, "--lora", *runs, "--n", "2", "--sample-steps", "2"]))
+    evaluation(runs[0], tmp_path, "--lora", *runs)
     found = [json.loads((Path(run) / "evaluation.json").read_text())["figures"] for run in runs]
     assert all(found[0][name]["before"] == found[1][name]["before"] for name in found[0])
     for run in runs:
