@@ -64,8 +64,11 @@ def load_sam(weights):
     return sam.eval()
 
 
-def detect(images, words, name, threshold, device):
-    """PIL images -> for each, float (N, 4) of x0, y0, x1, y1 in pixels: all instances of any of the words."""
+def detect(images, words, name, threshold, device, overlap=0.5):
+    """PIL images -> for each, float (N, 4) of x0, y0, x1, y1 in pixels: all instances of any of the words.
+
+    Of two boxes whose IoU is above overlap the better one stays: many patches see one thing.
+    """
     processor = AutoProcessor.from_pretrained(name)
     model = AutoModelForZeroShotObjectDetection.from_pretrained(name, dtype=torch.float32).to(device).eval()
     found = []
@@ -75,7 +78,7 @@ def detect(images, words, name, threshold, device):
             outputs = model(**inputs)
         result = processor.post_process_grounded_object_detection(
             outputs, threshold=threshold, target_sizes=[image.size[::-1]])[0]
-        kept = nms(result["boxes"], result["scores"], 0.5)  # many patches see one thing; best first
+        kept = nms(result["boxes"], result["scores"], overlap)  # best first
         found.append(result["boxes"][kept].cpu().numpy())  # (N, 4)
     return found
 
@@ -109,7 +112,8 @@ def find_masks(images, concept, args):
     if concept["detect"] == ["nudenet"]:
         boxes = detect_nudity(images, args.threshold)
     else:
-        boxes = detect(images, concept["detect"], args.detector, args.threshold, args.device)
+        overlap = 0.0 if concept["task"] == "style" else 0.5  # framed pictures do not overlap: each one a box
+        boxes = detect(images, concept["detect"], args.detector, args.threshold, args.device, overlap)
     if concept["task"] not in ("object", "ip"):
         yield from (fill(found, image.size) for found, image in zip(boxes, images))
         return

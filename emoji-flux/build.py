@@ -100,8 +100,9 @@ def save_whole(state, path):
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon as torch.optim.Muon with match_rms_adamw, in fp32 and for all matrices of a shape at once: torch's
-    own is in bf16, which on a CPU without AVX-512 BF16 costs twenty times the forward and backward passes."""
+    """Muon as torch.optim.Muon with match_rms_adamw, for all matrices of a shape at once and in bf16 under
+    autocast only: torch's own is always in bf16, which on a CPU without AVX-512 BF16 costs twenty times the
+    forward and backward passes."""
 
     def __init__(self, params, lr):
         super().__init__(params, dict(lr=lr, momentum=0.95, weight_decay=0.01))
@@ -167,7 +168,8 @@ def fit(stage, model, loss_of, steps, args, lr, warmup=200, ema=0.999, save=None
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr * (min((step + 1) / warmup, 1.0) * max(1 - step / steps, 0.01))
-            optimizer.step()
+            with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):  # Muon's products
+                optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         decay = min(ema, (step + 1) / (step + 10))
         with torch.no_grad():
