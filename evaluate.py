@@ -231,7 +231,8 @@ def main(args):
         for name, row in table.items():
             cells = [f"{c['percent']:.1f} [{c['low']:.1f}, {c['high']:.1f}]" for c in row.values()]
             print(f"{name:24}{cells[0]:>22}{cells[1]:>22}")
-        print("mean pixel change, of 255: {inside} in the mask, {outside} outside, n {n}".format(**change))
+        print("mean pixel change, of 255, by the mask: " +
+              ", ".join(f"{k} {v and round(v, 1)}" for k, v in change.items()))
         settings = {k: str(v) for k, v in vars(args).items()}
         write_text(folder / "evaluation.json",
                    json.dumps(dict(figures=table, locality=change, settings=settings), indent=1))
