@@ -42,7 +42,7 @@ def arguments(given=None):
     recipe.add_argument("--batch", type=number(int), default=4, help="forget images a step, as many others")
     recipe.add_argument("--accumulate", type=number(int), default=1, help="split a batch into N passes")
     recipe.add_argument("--guidance", type=number(strict=False), default=1.0,
-                        help="of both models in training (default 1: there the target velocity is theirs)")
+                        help="in training (default 1: a guided prediction is not the target velocity)")
     recipe.add_argument("--noise", choices=["uniform", "logit-normal"], default="uniform", help="of sigma")
     sampling_flags(parser.add_argument_group("step 1 of Algorithm 1"))
     mask_flags(parser.add_argument_group("masks"))
