@@ -3,8 +3,9 @@
     python mask.py --model emoji-flux --concept cat    # after sample.py; draws out/emoji-flux-cat/masks.png
 
 Words -> boxes by an open-vocabulary detector -> SAM -> the union of all instances. A style's mask is the
-whole framed picture (C.1); nudity's (by NudeNet) and any other nsfw concept's are the detected regions, as
-rectangles. An image in which nothing is found is dropped and counted, it never gets an empty or full mask.
+whole framed picture (C.1), as a rectangle, or whatever else the file's `detect:` names; nudity's (by NudeNet)
+and any other nsfw concept's are the detected regions, as rectangles. An image in which nothing is found is
+dropped and counted, it never gets an empty or full mask.
 """
 import argparse
 from functools import partial
@@ -64,11 +65,8 @@ def load_sam(weights):
     return sam.eval()
 
 
-def detect(images, words, name, threshold, device, overlap=0.5):
-    """PIL images -> for each, float (N, 4) of x0, y0, x1, y1 in pixels: all instances of any of the words.
-
-    Of two boxes whose IoU is above overlap the better one stays: many patches see one thing.
-    """
+def detect(images, words, name, threshold, device):
+    """PIL images -> for each, float (N, 4) of x0, y0, x1, y1 in pixels: all instances of any of the words."""
     processor = AutoProcessor.from_pretrained(name)
     model = AutoModelForZeroShotObjectDetection.from_pretrained(name, dtype=torch.float32).to(device).eval()
     found = []
@@ -78,7 +76,7 @@ def detect(images, words, name, threshold, device, overlap=0.5):
             outputs = model(**inputs)
         result = processor.post_process_grounded_object_detection(
             outputs, threshold=threshold, target_sizes=[image.size[::-1]])[0]
-        kept = nms(result["boxes"], result["scores"], overlap)  # best first
+        kept = nms(result["boxes"], result["scores"], 0.5)  # many patches see one thing; best first
         found.append(result["boxes"][kept].cpu().numpy())  # (N, 4)
     return found
 
@@ -99,6 +97,17 @@ def detect_nudity(images, threshold):
     return found
 
 
+def enclose(boxes):
+    """Boxes (N, 4) -> (M, 4): wherever some overlap, the one rectangle around them."""
+    apart = []
+    for box in boxes:
+        while hits := [i for i, o in enumerate(apart) if (box[:2] < o[2:]).all() and (o[:2] < box[2:]).all()]:
+            other = apart.pop(hits[0])
+            box = np.concatenate([np.minimum(box, other)[:2], np.maximum(box, other)[2:]])
+        apart.append(box)
+    return np.array(apart).reshape(-1, 4)
+
+
 def fill(boxes, size):
     """The union of boxes (N, 4) as filled rectangles, in an image of size (W, H) -> bool (H, W)."""
     mask = np.zeros(size[::-1], bool)
@@ -112,8 +121,9 @@ def find_masks(images, concept, args):
     if concept["detect"] == ["nudenet"]:
         boxes = detect_nudity(images, args.threshold)
     else:
-        overlap = 0.0 if concept["task"] == "style" else 0.5  # framed pictures do not overlap: each one a box
-        boxes = detect(images, concept["detect"], args.detector, args.threshold, args.device, overlap)
+        boxes = detect(images, concept["detect"], args.detector, args.threshold, args.device)
+    if concept["task"] == "style":  # a frame and what hangs in it are one rectangle
+        boxes = [enclose(found) for found in boxes]
     if concept["task"] not in ("object", "ip"):
         yield from (fill(found, image.size) for found, image in zip(boxes, images))
         return
