@@ -211,6 +211,13 @@ def test_mask_finds_every_instance_and_nothing_else(tmp_path):
     assert not found[1].any()
 
 
+def test_overlapping_boxes_become_one_rectangle():
+    tall, far, bridge, apart = [0, 0, 2, 10], [5, 0, 7, 1], [1, 8, 6, 9], [20, 0, 24, 4]
+    found = mask.enclose(np.array([tall, far, bridge, apart]))  # what bridge and tall become reaches far
+    assert found.tolist() == [[0, 0, 7, 10], apart]
+    assert mask.enclose(np.zeros((0, 4))).shape == (0, 4)
+
+
 def test_mask_of_a_style_is_the_whole_frame(tmp_path):
     names = enumerate(world.NAMES[:20])
     drawn = [scene_image([name], seed, style="noto", framed=True) for seed, name in names]
