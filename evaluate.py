@@ -233,7 +233,7 @@ def main(args):
             print(f"{name:24}{cells[0]:>22}{cells[1]:>22}")
         print("mean pixel change, of 255, by the mask: " +
               ", ".join(f"{k} {v and round(v, 1)}" for k, v in change.items()))
-        settings = {k: str(v) for k, v in vars(args).items()}
+        settings = {k: str(v) for k, v in vars(args).items()} | dict(lora=str(folder))
         write_text(folder / "evaluation.json",
                    json.dumps(dict(figures=table, locality=change, settings=settings), indent=1))
         rows = [(name, when) for name in sets for when in ("before", "after")]
