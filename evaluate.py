@@ -51,7 +51,7 @@ def wilson(yes, n, z=1.96):
     """95 % interval of a rate, in percent."""
     p, d = yes / n, 1 + z * z / n
     half = z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
-    return 100 * (p + z * z / (2 * n) - half) / d, 100 * (p + z * z / (2 * n) + half) / d
+    return max(0.0, 100 * (p + z * z / (2 * n) - half) / d), 100 * (p + z * z / (2 * n) + half) / d
 
 
 @functools.cache
