@@ -6,6 +6,7 @@
 The judge is the model folder's clip/ where there is one, else LLaVA (4.1). ACC is the share of "yes" about
 the target; the other figures are the share of "yes" about what was asked for. Intervals are Wilson's, 95 %,
 and 1.96 standard errors for the CLIP score. Results go to evaluation.json and evaluation.png beside the LoRA.
+Images stay in OUT/before and LORA/after: a killed evaluation goes on, and a second one has little to do.
 """
 import argparse
 import functools
@@ -113,6 +114,7 @@ def llava_judge(name, device, dtype):
 
 
 def cycled(rows, n):
+    """The first n of rows, over and over, as sample_set takes its prompts."""
     return [rows[i % len(rows)] for i in range(n)]
 
 

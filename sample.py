@@ -310,6 +310,7 @@ def sample_set(pipe, embeds, folder, concept, prompts, count, args, **made_by):
     """Fill folder with 000.png ... and manifest.json -> [(path, prompt)]; what is there stays as it is.
 
     They are made in whole groups of args.sample_batch, so that their number cannot change their rounding.
+    made_by: further settings that the images must share with those that are there.
     """
     group = args.sample_batch
     check_settings(folder / "settings.json", dict(

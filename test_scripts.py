@@ -96,7 +96,8 @@ def test_help_answers_at_once(script):
     ("--eta 0", "--eta"), ("--gamma -1", "--gamma"), ("--beta nan", "--beta"), ("--lr inf", "--lr"),
     ("--tau nan", "--tau"), ("--steps 0", "--steps"), ("--batch 0", "--batch"), ("--rank 0", "--rank"),
     ("--size 60", "--size"), ("--accumulate 3", "--accumulate"), ("--concept kat", "kat"),
-    ("--model docs", "FluxPipeline"), ("--out LICENSE/cat", "--out"), ("--lambda-prior -1", "--lambda-prior"), ("--eta one", "--eta")])
+    ("--model docs", "FluxPipeline"), ("--lambda-prior -1", "--lambda-prior"), ("--eta one", "--eta"),
+    ("--out LICENSE/cat", "--out")])
 def test_bad_input_is_one_line_and_writes_nothing(flags, named, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     line = refusal(lambda: run_train(tmp_path / "out", *flags.split()), capsys)

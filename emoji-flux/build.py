@@ -438,7 +438,7 @@ class Flow(nn.Module):
             vocab_size=len(t5), d_model=128, d_kv=32, d_ff=256, num_layers=2, num_heads=4, dropout_rate=0.0,
             feed_forward_proj="gated-gelu", is_encoder_decoder=False, use_cache=False))
         self.text_encoder = CLIPTextModel(text_config(CLIPTextConfig, clip))
-        # CLIP's 0.02 is drowned by AdamW's steps of 3e-3, all of one sign: pooled vectors became one-dimensional
+        # CLIP's 0.02 is drowned by AdamW's steps of 3e-3: pooled vectors became one-dimensional
         nn.init.normal_(self.text_encoder.get_input_embeddings().weight, std=0.3)
 
     def forward(self, z, ids, sigma, guidance):
