@@ -38,14 +38,13 @@ ARGS = arguments() if __name__ == "__main__" else None  # before the slow import
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE as WEIGHTS  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, CLIPModel  # noqa: E402
 
 from mask import find_masks  # noqa: E402
 from sample import (contact_sheet, encode_prompts, guarded, load_denoiser, open_image,  # noqa: E402
                     sample_set, setup, write_text)
-
-WEIGHTS = "pytorch_lora_weights.safetensors"  # as diffusers names it
 
 
 def wilson(yes, n, z=1.96):
@@ -124,7 +123,7 @@ def plan_images(concept, n, guidance):
     target, unseen, unrelated = concept["concept"], concept["unseen"], concept["unrelated"]
     is_style = concept["task"] == "style"
 
-    def filled(others):  # "a dog in noto style", kept while another style is erased, is asked about as a style
+    def filled(others):  # "a dog in noto style", kept while another style goes, is asked about as a style
         rows = [(t.replace("{}", o), [o.rpartition(" in ")[2] if is_style else o])
                 for t in concept["preserve"] for o in others]
         return zip(*rows)

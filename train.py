@@ -61,6 +61,7 @@ import time  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from diffusers import FluxPipeline  # noqa: E402
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE  # noqa: E402
 from diffusers.training_utils import cast_training_params  # noqa: E402
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict  # noqa: E402
 from prodigyopt import Prodigy  # noqa: E402
@@ -170,7 +171,7 @@ def save_lora(transformer, folder):
     """pytorch_lora_weights.safetensors as FluxPipeline.load_lora_weights reads it; whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     lora = get_peft_model_state_dict(transformer)
-    with whole(folder / "pytorch_lora_weights.safetensors") as half:
+    with whole(folder / LORA_WEIGHT_NAME_SAFE) as half:
         FluxPipeline.save_lora_weights(folder, lora, weight_name=half.name)
 
 
