@@ -43,8 +43,8 @@ from tqdm import tqdm  # noqa: E402
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, CLIPModel  # noqa: E402
 
 from mask import find_masks  # noqa: E402
-from sample import (contact_sheet, encode_prompts, guarded, load_denoiser, open_image,  # noqa: E402
-                    sample_set, setup, write_text)
+from sample import (check_set, contact_sheet, encode_prompts, guarded, load_denoiser,  # noqa: E402
+                    open_image, sample_set, setup, write_text)
 
 
 def wilson(yes, n, z=1.96):
@@ -150,15 +150,20 @@ def plan_images(concept, n, guidance):
     return sets, asked
 
 
-def sample_sets(pipe, embeds, sets, folder, lora, args):
-    """{set: its images}, kept in folder; the noise depends on the set and the index, not on guidance or LoRA.
-    """
-    images = {}
+def each_set(sets, folder, args):
+    """What sample_set and check_set take for each set; the noise depends on the set and the index, not on
+    guidance or LoRA."""
     for name, (prompts, guidance) in sets.items():
         mine = argparse.Namespace(**vars(args) | dict(sample_guidance=guidance))
-        seeds = f"evaluate {name.split(',')[0]}"
-        made = sample_set(pipe, embeds, folder / name, seeds, list(prompts), args.n, mine, lora=lora)
-        images[name] = [open_image(file) for file, _ in made]
+        yield folder / name, f"evaluate {name.split(',')[0]}", list(prompts), mine
+
+
+def sample_sets(pipe, embeds, sets, folder, lora, args):
+    """{set: its images}, kept in folder."""
+    images = {}
+    for place, seeds, prompts, mine in each_set(sets, folder, args):
+        made = sample_set(pipe, embeds, place, seeds, prompts, args.n, mine, lora=lora)
+        images[place.name] = [open_image(file) for file, _ in made]
     return images
 
 
@@ -202,6 +207,12 @@ def main(args):
             die(f"--lora {folder}: has forgotten {trained_on}, not {args.concept}: evaluate it by itself")
     concept = setup(args)
     sets, asked = plan_images(concept, args.n, args.sample_guidance)
+    # another LoRA, another set of images
+    digests = [hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest() for folder in args.lora]
+    places = [(args.out / "before", None), *((f / "after", d) for f, d in zip(args.lora, digests))]
+    for folder, lora in places:  # before work starts
+        for one in each_set(sets, folder, args):
+            check_set(*one, lora=lora)
     embeds = encode_prompts(args.model, [p for ps, _ in sets.values() for p in ps], args.device, args.dtype)
     pipe = load_denoiser(args.model, args.device, args.dtype)
     for k, folder in enumerate(args.lora):  # all of them now: what does not load is found before work starts
@@ -210,13 +221,12 @@ def main(args):
         except Exception as error:  # a corrupt file, or the LoRA of another model: peft has many names for it
             die(f"--lora {folder}: does not load into {args.model}: {str(error).splitlines()[0]}")
     pipe.disable_lora()
-    before = sample_sets(pipe, embeds, sets, args.out / "before", None, args)
+    before = sample_sets(pipe, embeds, sets, *places[0], args)
     pipe.enable_lora()
     afters = []
-    for k, folder in enumerate(args.lora):
+    for k, place in enumerate(places[1:]):
         pipe.set_adapters(f"lora{k}")
-        digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()  # another LoRA, another set
-        afters.append(sample_sets(pipe, embeds, sets, folder / "after", digest, args))
+        afters.append(sample_sets(pipe, embeds, sets, *place, args))
     del pipe  # makes room for the judge
 
     is_clip = AutoConfig.from_pretrained(args.judge).model_type == "clip"

@@ -32,7 +32,8 @@ from torchvision.ops import nms  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor  # noqa: E402
 
-from sample import check_settings, contact_sheet, die, guarded, open_image, save_image, setup  # noqa: E402
+from sample import (check_settings, contact_sheet, die, guarded, keep_settings, open_image,  # noqa: E402
+                    save_image, setup)
 
 
 def build_sam(img_size, patch, width, depth, heads, global_blocks, window, decoder_width, decoder_mlp):
@@ -143,8 +144,10 @@ def make_masks(files, concept, args):
     """Write NAME.mask.png beside each image, and masks.png -> the files in which something was found."""
     record = files[0].parent / "masks.json"
     again = f"delete {record.parent}/*.mask.png and masks.json to make them again"
-    check_settings(record, dict(detect=concept["detect"], task=concept["task"], threshold=args.threshold,
-                                detector=args.detector, sam=args.sam), f"{record.parent}/*.mask.png", again)
+    settings = dict(detect=concept["detect"], task=concept["task"], threshold=args.threshold,
+                    detector=args.detector, sam=args.sam)
+    check_settings(record, settings, f"{record.parent}/*.mask.png", again)
+    keep_settings(record, settings)
     masks = {f: f.with_suffix(".mask.png") for f in files}
     images = {f: open_image(f) for f in files}
     todo = [f for f in files if not masks[f].exists()]

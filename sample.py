@@ -210,18 +210,26 @@ def setup(args):
 
 
 def check_settings(path, settings, what, instead="use another --out"):
-    """Write settings, versions and commit to a json file; refuse one that other settings have written."""
-    plain = (int, float, list, type(None))
-    settings = {k: v if isinstance(v, plain) else str(v) for k, v in settings.items()}
+    """Refuse a json file that other settings have written; writes nothing."""
     if path.exists():
-        made = json.loads(path.read_text())["settings"]
+        made, settings = json.loads(path.read_text())["settings"], plain(settings)
         for key in sorted(settings.keys() | made.keys()):
             if made.get(key) != settings.get(key):
                 die(f"{what}: was made with {key} = {made.get(key)}, not {settings.get(key)}: {instead}")
+
+
+def plain(settings):
+    """The same as json knows it."""
+    kinds = (int, float, list, type(None))
+    return {k: v if isinstance(v, kinds) else str(v) for k, v in settings.items()}
+
+
+def keep_settings(path, settings):
+    """Write settings, versions and commit to a json file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     versions = {name: version(name) for name in ("torch", "diffusers", "transformers", "peft")}
     git = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True)
-    record = dict(settings=settings, versions=versions, commit=git.stdout.strip())
+    record = dict(settings=plain(settings), versions=versions, commit=git.stdout.strip())
     write_text(path, json.dumps(record, indent=1))
 
 
@@ -306,24 +314,31 @@ def generate(pipe, embeds, prompts, seeds, steps, guidance, size):
                 guidance_scale=guidance, height=size, width=size).images
 
 
+def check_set(folder, concept, prompts, args, **made_by):
+    """Refuse a folder of images that other settings have made -> the settings."""
+    settings = dict(model=args.model, concept=concept, prompts=prompts, seed=args.seed, size=args.size,
+                    group=args.sample_batch, steps=args.sample_steps, guidance=args.sample_guidance,
+                    dtype=args.dtype, **made_by)
+    check_settings(folder / "settings.json", settings, folder, f"use another --out, or delete {folder}")
+    return settings
+
+
 def sample_set(pipe, embeds, folder, concept, prompts, count, args, **made_by):
     """Fill folder with 000.png ... and manifest.json -> [(path, prompt)]; what is there stays as it is.
 
     They are made in whole groups of args.sample_batch, so that their number cannot change their rounding.
     made_by: further settings that the images must share with those that are there.
     """
+    keep_settings(folder / "settings.json", check_set(folder, concept, prompts, args, **made_by))
     group = args.sample_batch
-    check_settings(folder / "settings.json", dict(
-        model=args.model, concept=concept, prompts=prompts, seed=args.seed, size=args.size, group=group,
-        steps=args.sample_steps, guidance=args.sample_guidance, dtype=args.dtype, **made_by), folder,
-        f"use another --out, or delete {folder}")
     rows = [(folder / f"{i:03}.png", prompts[i % len(prompts)], seed_of(args.seed, concept, i))
             for i in range(-(-count // group) * group)]
     manifest = [dict(file=f.name, prompt=p, seed=s) for f, p, s in rows[:count]]
     write_text(folder / "manifest.json", json.dumps(manifest, indent=1))
     missing = [first for first in range(0, count, group)
                if not all(f.exists() for f, _, _ in rows[first:min(first + group, count)])]
-    for first in tqdm(missing, desc=f"sample {folder.parent.name}/{folder.name}", unit=f"{group} images"):
+    name = f"sample {folder.parent.name}/{folder.name}"
+    for first in tqdm(missing, desc=name, unit=f"{group} images", disable=not missing):
         files, texts, seeds = zip(*rows[first:first + group])
         images = generate(pipe, embeds, texts, seeds, args.sample_steps, args.sample_guidance, args.size)
         for file, image in list(zip(files, images))[:count - first]:
@@ -331,15 +346,20 @@ def sample_set(pipe, embeds, folder, concept, prompts, count, args, **made_by):
     return [(f, p) for f, p, _ in rows[:count]]
 
 
-def sample_all(pipe, embeds, concept, args):
+def plan_sets(concept, args):
+    """D_PR's sets, then D_ES, each (folder, concept, prompts, count); refuses what others have made there."""
+    sets = [(args.out / "preserve" / other, other, [t.replace("{}", other) for t in concept["preserve"]],
+             args.n_preserve) for other in concept["neighbours"] + concept["unrelated"]]
+    sets.append((args.out / "forget", concept["name"], concept["train"], args.n_forget))
+    for folder, name, prompts, _ in sets:
+        check_set(folder, name, prompts, args)
+    return sets
+
+
+def sample_all(pipe, embeds, sets, args):
     """Step 1 of Algorithm 1 -> D_ES and D_PR, each [(path, prompt)]."""
-    preserve = []
-    for other in concept["neighbours"] + concept["unrelated"]:
-        prompts = [t.replace("{}", other) for t in concept["preserve"]]
-        folder = args.out / "preserve" / other
-        preserve += sample_set(pipe, embeds, folder, other, prompts, args.n_preserve, args)
-    folder = args.out / "forget"
-    forget = sample_set(pipe, embeds, folder, concept["name"], concept["train"], args.n_forget, args)
+    *preserve, forget = [sample_set(pipe, embeds, *one, args) for one in sets]
+    preserve = sum(preserve, [])
     shown = forget[:16] + preserve[::-(-args.n_preserve // 2)]  # two images of each preserved concept
     contact_sheet([open_image(path) for path, _ in shown], args.out / "samples.png", 8)
     return forget, preserve
@@ -347,10 +367,9 @@ def sample_all(pipe, embeds, concept, args):
 
 def main(args):
     concept = setup(args)
-    others = concept["neighbours"] + concept["unrelated"]
-    prompts = concept["train"] + [t.replace("{}", other) for other in others for t in concept["preserve"]]
-    embeds = encode_prompts(args.model, prompts, args.device, args.dtype)
-    forget, preserve = sample_all(load_denoiser(args.model, args.device, args.dtype), embeds, concept, args)
+    sets = plan_sets(concept, args)
+    embeds = encode_prompts(args.model, sum((s[2] for s in sets), []), args.device, args.dtype)
+    forget, preserve = sample_all(load_denoiser(args.model, args.device, args.dtype), embeds, sets, args)
     print(f"{args.out}: {len(forget)} + {len(preserve)} images; look at samples.png")
 
 

@@ -389,6 +389,14 @@ def test_folder_of_other_settings_is_refused(trained, capsys):
     assert "eta = 1.0, not 2.0" in refusal(lambda: run_train(trained, "--eta", "2"), capsys)
 
 
+def test_images_of_other_settings_are_refused_and_nothing_is_written(trained, tmp_path, capsys):
+    shutil.copytree(trained, out := tmp_path / "cat")
+    (out / "checkpoint.pt").unlink()
+    record = (out / "args.json").read_bytes()
+    assert "guidance = " in refusal(lambda: run_train(out, "--sample-guidance", "2"), capsys)
+    assert (out / "args.json").read_bytes() == record
+
+
 def test_split_batch_has_the_same_gradient(trained):
     args = train.arguments(["--model", EMOJI, "--concept", "cat", "--out", str(trained), *SMALL])
     concept = sample.setup(args)
@@ -448,7 +456,9 @@ def test_killed_evaluation_goes_on_and_another_lora_is_not_mixed_in(trained, tmp
     assert (run / "evaluation.json").read_text() == first
     assert len(made) == 2  # one group each: the rest was kept
     shutil.copy(run / "step-6" / WEIGHTS, run)
+    shutil.rmtree(tmp_path / "before")
     assert "delete" in refusal(lambda: evaluation(run, tmp_path), capsys)
+    assert len(made) == 2 and not (tmp_path / "before").exists()  # found before work starts
 
 
 def test_plan_asks_each_image_about_what_it_shows():

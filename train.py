@@ -69,8 +69,9 @@ from tqdm import tqdm  # noqa: E402
 
 from inpo import add_noise, gate, gradient_ascent, inpo_loss, mask_to_latents, prior_loss, score  # noqa: E402
 from mask import make_masks  # noqa: E402
-from sample import check_settings, contact_sheet, die, encode_prompts, generate, guarded  # noqa: E402
-from sample import load_denoiser, open_image, sample_all, seed_of, setup, whole, write_text  # noqa: E402
+from sample import (check_settings, contact_sheet, die, encode_prompts, generate, guarded,  # noqa: E402
+                    keep_settings, load_denoiser, open_image, plan_sets, sample_all, seed_of, setup, whole,
+                    write_text)
 
 # B samples, L tokens of D channels (2 x 2 latent cells x C), T text tokens of width E, P pooled width
 LORA_TARGETS = ("attn.to_k attn.to_q attn.to_v attn.to_out.0 attn.add_k_proj attn.add_q_proj attn.add_v_proj "
@@ -282,19 +283,18 @@ def main(args):
         die(f"--accumulate {args.accumulate} does not divide --batch {args.batch}")
     apart = ("out", "device", "save_every", "checkpoint_every", "min_found")  # what a resumed run may change
     settings = {k: v for k, v in vars(args).items() if k not in apart}
-    if not (args.out / "checkpoint.pt").exists():  # until then images and masks stand by their own records
-        (args.out / "args.json").unlink(missing_ok=True)
-    check_settings(args.out / "args.json", settings, f"--out {args.out}")
+    if (args.out / "checkpoint.pt").exists():  # until then images and masks stand by their own records
+        check_settings(args.out / "args.json", settings, f"--out {args.out}")
+    sets = plan_sets(concept, args)
+    keep_settings(args.out / "args.json", settings)
     groups = dict(target=concept["eval"], neighbours=concept["neighbours"], unrelated=concept["unrelated"])
     if concept["task"] != "style":
         partners = concept["unrelated"] + concept["unseen"]
         groups["pairs"] = [f"{concept['concept'][0]} and {other}" for other in partners]
-    others = concept["neighbours"] + concept["unrelated"]
-    preserved = [template.replace("{}", other) for other in others for template in concept["preserve"]]
-    wanted = concept["train"] + preserved + [p for prompts in groups.values() for p in prompts]
+    wanted = sum([*(prompts for _, _, prompts, _ in sets), *groups.values()], [])
     embeds = encode_prompts(args.model, wanted, args.device, args.dtype)
     pipe = load_denoiser(args.model, args.device, args.dtype)
-    forget_set, preserve_set = sample_all(pipe, embeds, concept, args)  # Algorithm 1, step 1
+    forget_set, preserve_set = sample_all(pipe, embeds, sets, args)  # Algorithm 1, step 1
     kept = make_masks([file for file, _ in forget_set], concept, args)
     if len(kept) < args.batch:
         die(f"only {len(kept)} forget images have a mask, under --batch {args.batch}: raise --n-forget", 1)

@@ -139,6 +139,8 @@ def fit(stage, model, loss_of, steps, args, lr, warmup=200, ema=0.999, save=None
     path = args.work / f"{stage}.pt"
     hidden, others = [], []
     for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
         inner = p.ndim == 2 and re.search(r"(layers?|blocks?)\.\d", name) and "bias" not in name
         (hidden if inner else others).append(p)
     optimizers = [torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.99), weight_decay=0.01)]
@@ -437,6 +439,13 @@ class Flow(nn.Module):
         self.text_encoder_2 = T5EncoderModel(T5Config(
             vocab_size=len(t5), d_model=128, d_kv=32, d_ff=256, num_layers=2, num_heads=4, dropout_rate=0.0,
             feed_forward_proj="gated-gelu", is_encoder_decoder=False, use_cache=False))
+        # T5's attention has no 1 / sqrt(d): as Muon's steps made its queries grow, every token came to attend
+        # to one word wherever that stood, and nothing told "a cat and a dog" from "a dog and a cat". The
+        # queries keep their small first values, and the bias by position is as large as a trained T5's
+        for name, p in self.text_encoder_2.named_parameters():
+            if "relative_attention_bias" in name:
+                nn.init.normal_(p, std=2.0)
+            p.requires_grad_(not name.endswith("q.weight"))
         self.text_encoder = CLIPTextModel(text_config(CLIPTextConfig, clip))
         # CLIP's 0.02 is drowned by AdamW's steps of 3e-3: pooled vectors became one-dimensional
         nn.init.normal_(self.text_encoder.get_input_embeddings().weight, std=0.3)
@@ -478,12 +487,12 @@ def tokenize(texts):
 def flow_loss(flow, rng, batch=32):
     """Rectified flow matching; if fit.guided, half of the batch learns the teacher's guided velocity."""
     z, scenes = fit.data
-    chosen = rng.integers(len(scenes), size=batch)
+    chosen = rng.choice(fit.index, size=batch)
     x = z[chosen].float()  # (B, 64, 64)
     said = [world.caption(scenes[i], rng) if rng.random() > 0.1 else "" for i in chosen]
     # logit-normal, shifted to where a prompt decides: at mean 0 it hardly ever sees the first steps of
-    # sampling, and the background did not follow the prompt
-    sigma = torch.sigmoid(1.0 + 1.4 * torch.randn(batch))  # (B,)
+    # sampling, and the background did not follow the prompt; at mean 1 the order of a pair did not
+    sigma = torch.sigmoid(2.0 + 1.7 * torch.randn(batch))  # (B,)
     guidance = 1 + 4 * torch.rand(batch)  # (B,), ignored until stage guide gives it a meaning
     eps = torch.randn_like(x)  # (B, 64, 64)  eps ~ N(0, 1)
     target = eps - x  # (B, 64, 64)
@@ -509,6 +518,8 @@ def train_flow(args, stage="flow"):
     fit.guided = stage == "guide"
     fit.tokenizers = [AutoTokenizer.from_pretrained(HERE / f) for f in ("tokenizer_2", "tokenizer")]
     fit.data = latents(args)
+    # three of four samples hold two things: with every second one, a thing was often drawn twice
+    fit.index = [i for i, s in enumerate(fit.data[1]) for _ in range(3 if len(s["names"]) == 2 else 1)]
     flow = Flow()
     if args.go_on or fit.guided:
         for name, module in flow.named_children():
