@@ -601,9 +601,9 @@ def report_networks(rng):
     return rows
 
 
-def report_pipeline(rng, n):
+def report_pipeline(rng, n, dtype):
     """What the judge sees in generated images, n for each thing -> rows of the table."""
-    pipe = FluxPipeline.from_pretrained(HERE, dtype=torch.float32)
+    pipe = FluxPipeline.from_pretrained(HERE, dtype=dtype)
     pipe.set_progress_bar_config(disable=True)
 
     def said_yes(scenes, paraphrase=0.0):
@@ -638,7 +638,8 @@ def report_pipeline(rng, n):
 def report(args):
     """The quality table of README.md, on scenes and prompts drawn with seeds that no training saw."""
     rng = np.random.default_rng(10**9 + args.seed)
-    rows = report_networks(rng) + report_pipeline(rng, args.n)
+    dtype = torch.bfloat16 if args.bf16 else torch.float32  # of the pipeline alone
+    rows = report_networks(rng) + report_pipeline(rng, args.n, dtype)
     print("| what | measured | bar | n |\n|---|---|---|---|")
     for row in rows:
         print("| " + " | ".join(str(v) for v in row) + " |")
