@@ -219,7 +219,7 @@ def check_settings(path, settings, what, instead="use another --out"):
 
 
 def plain(settings):
-    """The same as json knows it."""
+    """Settings as json keeps them: numbers, lists and None as they are, the rest as text."""
     kinds = (int, float, list, type(None))
     return {k: v if isinstance(v, kinds) else str(v) for k, v in settings.items()}
 
@@ -347,7 +347,7 @@ def sample_set(pipe, embeds, folder, concept, prompts, count, args, **made_by):
 
 
 def plan_sets(concept, args):
-    """D_PR's sets, then D_ES, each (folder, concept, prompts, count); refuses what others have made there."""
+    """D_PR's sets, then D_ES, each (folder, concept, prompts, count); other settings' images are refused."""
     sets = [(args.out / "preserve" / other, other, [t.replace("{}", other) for t in concept["preserve"]],
              args.n_preserve) for other in concept["neighbours"] + concept["unrelated"]]
     sets.append((args.out / "forget", concept["name"], concept["train"], args.n_forget))
@@ -368,7 +368,8 @@ def sample_all(pipe, embeds, sets, args):
 def main(args):
     concept = setup(args)
     sets = plan_sets(concept, args)
-    embeds = encode_prompts(args.model, sum((s[2] for s in sets), []), args.device, args.dtype)
+    wanted = [p for _, _, prompts, _ in sets for p in prompts]
+    embeds = encode_prompts(args.model, wanted, args.device, args.dtype)
     forget, preserve = sample_all(load_denoiser(args.model, args.device, args.dtype), embeds, sets, args)
     print(f"{args.out}: {len(forget)} + {len(preserve)} images; look at samples.png")
 

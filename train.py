@@ -291,7 +291,8 @@ def main(args):
     if concept["task"] != "style":
         partners = concept["unrelated"] + concept["unseen"]
         groups["pairs"] = [f"{concept['concept'][0]} and {other}" for other in partners]
-    wanted = sum([*(prompts for _, _, prompts, _ in sets), *groups.values()], [])
+    wanted = [p for _, _, prompts, _ in sets for p in prompts]
+    wanted += [p for prompts in groups.values() for p in prompts]
     embeds = encode_prompts(args.model, wanted, args.device, args.dtype)
     pipe = load_denoiser(args.model, args.device, args.dtype)
     forget_set, preserve_set = sample_all(pipe, embeds, sets, args)  # Algorithm 1, step 1

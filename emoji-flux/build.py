@@ -441,7 +441,7 @@ class Flow(nn.Module):
             feed_forward_proj="gated-gelu", is_encoder_decoder=False, use_cache=False))
         # T5's attention has no 1 / sqrt(d): as Muon's steps made its queries grow, every token came to attend
         # to one word wherever that stood, and nothing told "a cat and a dog" from "a dog and a cat". The
-        # queries keep their small first values, and the bias by position is as large as a trained T5's
+        # queries keep their small first values, and the bias by position starts large enough to be heard
         for name, p in self.text_encoder_2.named_parameters():
             if "relative_attention_bias" in name:
                 nn.init.normal_(p, std=2.0)
@@ -519,7 +519,8 @@ def train_flow(args, stage="flow"):
     fit.tokenizers = [AutoTokenizer.from_pretrained(HERE / f) for f in ("tokenizer_2", "tokenizer")]
     fit.data = latents(args)
     # three of four samples hold two things: with every second one, a thing was often drawn twice
-    fit.index = [i for i, s in enumerate(fit.data[1]) for _ in range(3 if len(s["names"]) == 2 else 1)]
+    copies = [3 if len(s["names"]) == 2 else 1 for s in fit.data[1]]
+    fit.index = np.arange(len(copies)).repeat(copies)  # an array: a list would be converted at every step
     flow = Flow()
     if args.go_on or fit.guided:
         for name, module in flow.named_children():
@@ -532,7 +533,7 @@ def train_flow(args, stage="flow"):
         else:
             save_whole(fit.teacher.state_dict(), known)
     with sdpa_kernel(SDPBackend.MATH):  # for heads this small flash attention's backward is 40 % of a step
-        steps, lr = (500, 5e-4) if fit.guided else (20_000, 3e-3)  # at 3e-3 it ruins the model
+        steps, lr = (500, 5e-4) if fit.guided else (20_000, 3e-3)  # guide at 3e-3 ruins the model
         flow = fit(stage, flow, flow_loss, args.steps or steps, args, args.lr or lr, ema=0.998, save=save_flow)
     save_flow(flow)
     # what FluxPipeline.from_pretrained needs beside the weights
