@@ -534,7 +534,8 @@ def train_flow(args, stage="flow"):
             save_whole(fit.teacher.state_dict(), known)
     with sdpa_kernel(SDPBackend.MATH):  # for heads this small flash attention's backward is 40 % of a step
         steps, lr = (500, 5e-4) if fit.guided else (20_000, 3e-3)  # guide at 3e-3 ruins it
-        flow = fit(stage, flow, flow_loss, args.steps or steps, args, args.lr or lr, ema=0.998, save=save_flow)
+        flow = fit(stage, flow, flow_loss, args.steps or steps, args, args.lr or lr, ema=0.998,
+                   save=save_flow)
     save_flow(flow)
     # what FluxPipeline.from_pretrained needs beside the weights
     FlowMatchEulerDiscreteScheduler(
