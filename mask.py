@@ -140,14 +140,19 @@ def find_masks(images, concept, args):
         yield mask
 
 
-def make_masks(files, concept, args):
-    """Write NAME.mask.png beside each image, and masks.png -> the files in which something was found."""
-    record = files[0].parent / "masks.json"
-    again = f"delete {record.parent}/*.mask.png and masks.json to make them again"
+def check_masks(folder, concept, args):
+    """Refuse masks that other settings have made -> the settings, and how to make the masks again."""
+    again = f"delete {folder}/*.mask.png and masks.json to make them again"
     settings = dict(detect=concept["detect"], task=concept["task"], threshold=args.threshold,
                     detector=args.detector, sam=args.sam)
-    check_settings(record, settings, f"{record.parent}/*.mask.png", again)
-    keep_settings(record, settings)
+    check_settings(folder / "masks.json", settings, f"{folder}/*.mask.png", again)
+    return settings, again
+
+
+def make_masks(files, concept, args):
+    """Write NAME.mask.png beside each image, and masks.png -> the files in which something was found."""
+    settings, again = check_masks(files[0].parent, concept, args)
+    keep_settings(files[0].parent / "masks.json", settings)
     masks = {f: f.with_suffix(".mask.png") for f in files}
     images = {f: open_image(f) for f in files}
     todo = [f for f in files if not masks[f].exists()]

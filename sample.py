@@ -329,7 +329,9 @@ def sample_set(pipe, embeds, folder, concept, prompts, count, args, **made_by):
     They are made in whole groups of args.sample_batch, so that their number cannot change their rounding.
     made_by: further settings that the images must share with those that are there.
     """
-    keep_settings(folder / "settings.json", check_set(folder, concept, prompts, args, **made_by))
+    settings = check_set(folder, concept, prompts, args, **made_by)
+    if not (folder / "settings.json").exists():  # its versions and commit are those of the first images
+        keep_settings(folder / "settings.json", settings)
     group = args.sample_batch
     rows = [(folder / f"{i:03}.png", prompts[i % len(prompts)], seed_of(args.seed, concept, i))
             for i in range(-(-count // group) * group)]

@@ -187,8 +187,11 @@ def test_more_images_never_change_the_earlier_ones(tmp_path):
     pipe = sample.load_denoiser(EMOJI, "cpu", torch.float32)
     few = sample.sample_set(pipe, embeds, tmp_path / "grown", "cat", prompts, 3, args)
     before = [p.read_bytes() for p, _ in few]
+    record = tmp_path / "grown" / "settings.json"
+    sample.write_text(record, json.dumps(json.loads(record.read_text()) | dict(commit="the first images'")))
     more = sample.sample_set(pipe, embeds, tmp_path / "grown", "cat", prompts, 7, args)
     at_once = sample.sample_set(pipe, embeds, tmp_path / "at_once", "cat", prompts, 7, args)
+    assert json.loads(record.read_text())["commit"] == "the first images'"
     assert [p.read_bytes() for p, _ in more] == [p.read_bytes() for p, _ in at_once]
     assert [p.read_bytes() for p, _ in more[:3]] == before
     assert len({p.read_bytes() for p, _ in more}) == 7
@@ -389,12 +392,13 @@ def test_folder_of_other_settings_is_refused(trained, capsys):
     assert "eta = 1.0, not 2.0" in refusal(lambda: run_train(trained, "--eta", "2"), capsys)
 
 
-def test_images_of_other_settings_are_refused_and_nothing_is_written(trained, tmp_path, capsys):
+def test_images_and_masks_of_other_settings_are_refused_and_nothing_is_written(trained, tmp_path, capsys):
     shutil.copytree(trained, out := tmp_path / "cat")
     (out / "checkpoint.pt").unlink()
     record = (out / "args.json").read_bytes()
-    assert "guidance = " in refusal(lambda: run_train(out, "--sample-guidance", "2"), capsys)
-    assert (out / "args.json").read_bytes() == record
+    for flag, named in (("--sample-guidance", "guidance = "), ("--threshold", "threshold = ")):
+        assert named in refusal(lambda: run_train(out, flag, "0.5"), capsys)
+        assert (out / "args.json").read_bytes() == record
 
 
 def test_split_batch_has_the_same_gradient(trained):

@@ -68,7 +68,7 @@ from prodigyopt import Prodigy  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from inpo import add_noise, gate, gradient_ascent, inpo_loss, mask_to_latents, prior_loss, score  # noqa: E402
-from mask import make_masks  # noqa: E402
+from mask import check_masks, make_masks  # noqa: E402
 from sample import (check_settings, contact_sheet, die, encode_prompts, generate, guarded,  # noqa: E402
                     keep_settings, load_denoiser, open_image, plan_sets, sample_all, seed_of, setup, whole,
                     write_text)
@@ -286,6 +286,7 @@ def main(args):
     if (args.out / "checkpoint.pt").exists():  # until then images and masks stand by their own records
         check_settings(args.out / "args.json", settings, f"--out {args.out}")
     sets = plan_sets(concept, args)
+    check_masks(args.out / "forget", concept, args)
     keep_settings(args.out / "args.json", settings)
     groups = dict(target=concept["eval"], neighbours=concept["neighbours"], unrelated=concept["unrelated"])
     if concept["task"] != "style":
