@@ -212,16 +212,11 @@ def setup(args):
 def check_settings(path, settings, what, instead="use another --out"):
     """Refuse a json file that other settings have written; writes nothing."""
     if path.exists():
-        made, settings = json.loads(path.read_text())["settings"], plain(settings)
+        made = json.loads(path.read_text())["settings"]
+        settings = json.loads(json.dumps(settings, default=str))  # as the file has them
         for key in sorted(settings.keys() | made.keys()):
             if made.get(key) != settings.get(key):
                 die(f"{what}: was made with {key} = {made.get(key)}, not {settings.get(key)}: {instead}")
-
-
-def plain(settings):
-    """Settings as json keeps them: numbers, lists and None as they are, the rest as text."""
-    kinds = (int, float, list, type(None))
-    return {k: v if isinstance(v, kinds) else str(v) for k, v in settings.items()}
 
 
 def keep_settings(path, settings):
@@ -229,8 +224,8 @@ def keep_settings(path, settings):
     path.parent.mkdir(parents=True, exist_ok=True)
     versions = {name: version(name) for name in ("torch", "diffusers", "transformers", "peft")}
     git = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True)
-    record = dict(settings=plain(settings), versions=versions, commit=git.stdout.strip())
-    write_text(path, json.dumps(record, indent=1))
+    record = dict(settings=settings, versions=versions, commit=git.stdout.strip())
+    write_text(path, json.dumps(record, indent=1, default=str))
 
 
 @contextlib.contextmanager
