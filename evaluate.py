@@ -14,8 +14,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from sample import die, mask_flags, model_flags, number
-
+from sample import batch_flag, die, mask_flags, model_flags, number
 
 def arguments(given=None):
     parser = argparse.ArgumentParser(description=__doc__)
@@ -29,10 +28,9 @@ def arguments(given=None):
     parser.add_argument("--n", type=number(int), default=100, help="images a figure (4.1: 100)")
     parser.add_argument("--sample-steps", type=number(int), default=28, help="denoising steps (default 28)")
     parser.add_argument("--sample-guidance", type=number(strict=False), default=3.5, help="default 3.5")
-    parser.add_argument("--sample-batch", type=number(int), default=20, help="images at once (default 20)")
+    batch_flag(parser)
     mask_flags(parser)
     return parser.parse_args(given)
-
 
 ARGS = arguments() if __name__ == "__main__" else None  # before the slow imports: --help answers at once
 
@@ -46,20 +44,17 @@ from mask import find_masks  # noqa: E402
 from sample import (check_set, contact_sheet, encode_prompts, guarded, load_denoiser,  # noqa: E402
                     open_image, sample_set, setup, write_text)
 
-
 def wilson(yes, n, z=1.96):
     """95 % interval of a rate, in percent."""
     p, d = yes / n, 1 + z * z / n
     half = z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
     return max(0.0, 100 * (p + z * z / (2 * n) - half) / d), 100 * (p + z * z / (2 * n) + half) / d
 
-
 @functools.cache
 def load_clip(name, device):
     """Once, not for every figure."""
     return (AutoProcessor.from_pretrained(name),
             CLIPModel.from_pretrained(name, dtype=torch.float32).to(device).eval())
-
 
 def clip_scores(name, images, texts, device):
     """100 x cosine of each image and its text (N,), by transformers' CLIPModel."""
@@ -74,7 +69,6 @@ def clip_scores(name, images, texts, device):
         found.append(100 * (out.image_embeds * out.text_embeds).sum(-1).cpu())  # (N,), of unit vectors
     return torch.cat(found)
 
-
 def clip_judge(name, device):
     """Yes: the image is nearer to "a picture of X" than to "a picture"; an argmax cannot score a pair."""
     def ask(images, phrases):
@@ -82,7 +76,6 @@ def clip_judge(name, device):
         zero = clip_scores(name, images, ["a picture"] * len(images), device)  # (N,)
         return (yes > zero).numpy()
     return ask
-
 
 def llava_judge(name, device, dtype):
     """Yes: the first answer token weighs more as some form of yes than of no (no text is parsed)."""
@@ -111,11 +104,9 @@ def llava_judge(name, device, dtype):
         return np.array(found)
     return ask
 
-
 def cycled(rows, n):
     """The first n of rows, over and over, as sample_set takes its prompts."""
     return [rows[i % len(rows)] for i in range(n)]
-
 
 def plan_images(concept, n, guidance):
     """{set of images: (its prompts, in turn, guidance)}, {figure: (set, n lists of answers that are a yes)}.
@@ -149,14 +140,12 @@ def plan_images(concept, n, guidance):
         del asked["styles"]  # its neighbours are styles: "preserved"
     return sets, asked
 
-
 def each_set(sets, folder, args):
     """What sample_set and check_set take for each set; the noise depends on the set and the index, not on
     guidance or LoRA."""
     for name, (prompts, guidance) in sets.items():
         mine = argparse.Namespace(**vars(args) | dict(sample_guidance=guidance))
         yield folder / name, f"evaluate {name.split(',')[0]}", list(prompts), mine
-
 
 def sample_sets(pipe, embeds, sets, folder, lora, args):
     """{set: its images}, kept in folder."""
@@ -165,7 +154,6 @@ def sample_sets(pipe, embeds, sets, folder, lora, args):
         made = sample_set(pipe, embeds, place, seeds, prompts, args.n, mine, lora=lora)
         images[place.name] = [open_image(file) for file, _ in made]
     return images
-
 
 def rate(drawn, asked, ask, sets, args):
     """Images of each set -> {figure: percent, its 95 % interval, n}, the CLIP score among them."""
@@ -182,7 +170,6 @@ def rate(drawn, asked, ask, sets, args):
     row = dict(percent=mean, low=mean - error, high=mean + error, n=args.n)
     return table | {"CLIP score, never seen": row}
 
-
 def locality(before, after, masks):
     """Mean change of a pixel, of 255, inside and outside of masks (N, H, W), at equal seeds."""
     before, after = (np.stack([np.asarray(i, float) for i in images]) for images in (before, after))
@@ -191,7 +178,6 @@ def locality(before, after, masks):
     change, masks = change[found], masks[found]
     return {side: float(change[region].mean()) if found.any() else None
             for side, region in (("inside", masks), ("outside", ~masks))} | dict(n=int(found.sum()))
-
 
 def main(args):
     for folder in args.lora:
@@ -252,7 +238,6 @@ def main(args):
         shown = [i for name, when in rows for i in (before if when == "before" else after)[name][:columns]]
         contact_sheet(shown, folder / "evaluation.png", columns, side=80,
                       titles=[f"{name[:18]}: {when}" for name, when in rows])
-
 
 if __name__ == "__main__":
     guarded(main, ARGS)

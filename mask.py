@@ -12,13 +12,11 @@ from functools import partial
 
 from sample import mask_flags, model_flags
 
-
 def arguments(given=None):
     parser = argparse.ArgumentParser(description=__doc__)
     model_flags(parser)
     mask_flags(parser)
     return parser.parse_args(given)
-
 
 ARGS = arguments() if __name__ == "__main__" else None  # before the slow imports: --help answers at once
 
@@ -35,7 +33,6 @@ from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor  # n
 from sample import (check_settings, contact_sheet, die, guarded, keep_settings, open_image,  # noqa: E402
                     save_image, setup)
 
-
 def build_sam(img_size, patch, width, depth, heads, global_blocks, window, decoder_width, decoder_mlp):
     """A Sam of any size; sam_model_registry builds the three published ones only."""
     grid = img_size // patch
@@ -48,7 +45,6 @@ def build_sam(img_size, patch, width, depth, heads, global_blocks, window, decod
         MaskDecoder(num_multimask_outputs=3, transformer_dim=decoder_width, iou_head_hidden_dim=decoder_width,
                     transformer=TwoWayTransformer(2, decoder_width, num_heads=8, mlp_dim=decoder_mlp)),
         pixel_mean=[123.675, 116.28, 103.53], pixel_std=[58.395, 57.12, 57.375])
-
 
 def load_sam(weights):
     """SAM from a state dict, its architecture read off the shapes: ViT-B, L, H or emoji-flux's own."""
@@ -65,7 +61,6 @@ def load_sam(weights):
     sam.load_state_dict(weights)
     return sam.eval()
 
-
 def detect(images, words, name, threshold, device):
     """PIL images -> for each, float (N, 4) of x0, y0, x1, y1 in pixels: all instances of any of the words."""
     processor = AutoProcessor.from_pretrained(name)
@@ -80,7 +75,6 @@ def detect(images, words, name, threshold, device):
         kept = nms(result["boxes"], result["scores"], 0.5)  # many patches see one thing; best first
         found.append(result["boxes"][kept].cpu().numpy())  # (N, 4)
     return found
-
 
 def detect_nudity(images, threshold):
     """The same by NudeNet's *_EXPOSED classes, at 640 px, where it also finds small people."""
@@ -97,7 +91,6 @@ def detect_nudity(images, threshold):
         found.append(np.array(boxes, float).reshape(-1, 4))
     return found
 
-
 def enclose(boxes):
     """Boxes (N, 4) -> (M, 4): wherever some overlap, the one rectangle around them."""
     apart = []
@@ -108,14 +101,12 @@ def enclose(boxes):
         apart.append(box)
     return np.array(apart).reshape(-1, 4)
 
-
 def fill(boxes, size):
     """The union of boxes (N, 4) as filled rectangles, in an image of size (W, H) -> bool (H, W)."""
     mask = np.zeros(size[::-1], bool)
     for x0, y0, x1, y1 in boxes.round().astype(int).clip(0):
         mask[y0:y1, x0:x1] = True
     return mask
-
 
 def find_masks(images, concept, args):
     """PIL images -> for each its mask, bool (H, W), one by one; all False where nothing was found."""
@@ -139,7 +130,6 @@ def find_masks(images, concept, args):
             mask |= predictor.predict(box=box, multimask_output=False)[0][0]  # (H, W)
         yield mask
 
-
 def check_masks(folder, concept, args):
     """Refuse masks that other settings have made -> the settings, and how to make the masks again."""
     again = f"delete {folder}/*.mask.png and masks.json to make them again"
@@ -147,7 +137,6 @@ def check_masks(folder, concept, args):
                     detector=args.detector, sam=args.sam)
     check_settings(folder / "masks.json", settings, f"{folder}/*.mask.png", again)
     return settings, again
-
 
 def make_masks(files, concept, args):
     """Write NAME.mask.png beside each image, and masks.png -> the files in which something was found."""
@@ -176,14 +165,12 @@ def make_masks(files, concept, args):
             f"lower --min-found, or lower --threshold or mend the file's detect: and {again}", 1)
     return kept
 
-
 def main(args):
     concept = setup(args)
     files = sorted(f for f in (args.out / "forget").glob("*.png") if not f.name.endswith(".mask.png"))
     if not files:
         die(f"{args.out / 'forget'} holds no images; run sample.py first")
     make_masks(files, concept, args)
-
 
 if __name__ == "__main__":
     guarded(main, ARGS)

@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 import zlib
+from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 
@@ -23,12 +24,10 @@ HUB = dict(detector=("detector", "google/owlv2-base-patch16-ensemble"),
            sam=("sam.pth", "https://dl.fbaipublicfiles.com/segment_anything/sam_vit_h_4b8939.pth"),
            judge=("clip", "llava-hf/llava-1.5-7b-hf"), clip=("clip", "openai/clip-vit-base-patch32"))
 
-
 def die(message, code=2):
     """One line on stderr (below a progress bar) and exit: 2 before work has started, 1 during it."""
     print("\n" * (code != 2) + f"error: {message}", file=sys.stderr)
     sys.exit(code)
-
 
 def number(kind=float, least=0.0, strict=True, finite=True):
     """An argparse type: a number above `least`, or from it on if not strict; never NaN."""
@@ -40,7 +39,6 @@ def number(kind=float, least=0.0, strict=True, finite=True):
     parse.__name__ = kind.__name__  # argparse then says "invalid float value: 'x'"
     return parse
 
-
 def model_flags(parser, needs_concept=True):
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.error = die  # one line, without the usage
@@ -51,15 +49,16 @@ def model_flags(parser, needs_concept=True):
     parser.add_argument("--device", choices=["cpu", "cuda", "mps"], help="default: cuda where there is one")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on cuda")
 
-
 def sampling_flags(parser):
     parser.add_argument("--size", type=number(int), help="pixels a side (default: the VAE's sample_size)")
     parser.add_argument("--n-forget", type=number(int), default=50, help="N_ES, unstated (default 50)")
     parser.add_argument("--n-preserve", type=number(int), default=25, help="images a concept (C.1: 25)")
     parser.add_argument("--sample-steps", type=number(int), default=28, help="denoising steps (default 28)")
     parser.add_argument("--sample-guidance", type=number(strict=False), default=3.5, help="default 3.5")
-    parser.add_argument("--sample-batch", type=number(int), default=5, help="images at once (default 5)")
+    batch_flag(parser)
 
+def batch_flag(parser):
+    parser.add_argument("--sample-batch", type=number(int), help="images at once (default: 5 megapixels)")
 
 def mask_flags(parser):
     parser.add_argument("--detector", help="OWLv2 or GroundingDINO (default: the model's own, else OWLv2)")
@@ -67,14 +66,12 @@ def mask_flags(parser):
     parser.add_argument("--threshold", type=float, default=0.2, help="least score of a box (default 0.2)")
     parser.add_argument("--min-found", type=float, default=0.5, help="least share with a mask (default 0.5)")
 
-
 def arguments(given=None):
     parser = argparse.ArgumentParser(description=__doc__)
     model_flags(parser)
     sampling_flags(parser)
     parser.add_argument("--out", type=Path, help="default out/MODEL-CONCEPT, with -SEED where it is not 0")
     return parser.parse_args(given)
-
 
 ARGS = arguments() if __name__ == "__main__" else None  # before the slow imports: --help answers at once
 if not {"-h", "--help"} & set(sys.argv):  # the other scripts import their flags from here
@@ -95,7 +92,6 @@ MINORS = re.compile(
     r"|(one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|thirteen|fourteen|fifteen|sixteen"
     r"|seventeen)[ -]years?[ -]olds?)\b", re.IGNORECASE)
 
-
 def guarded(main, args):
     """main(args), where what goes wrong during work becomes one line that says how to go on."""
     go_on = "what is finished is kept, and the same command goes on from there"
@@ -106,14 +102,12 @@ def guarded(main, args):
     except (OSError, RuntimeError) as error:  # a full disk, a folder that cannot be written, out of memory
         die(f"{(str(error).strip() or type(error).__name__).splitlines()[0]}; {go_on}", 1)
 
-
 def allowed(prompts, what):
     """The prompts that do not mention minors; says how many do."""
     kept = [p for p in prompts if not MINORS.search(p)]
     if len(kept) < len(prompts):
         print(f"{what}: {len(prompts) - len(kept)} of {len(prompts)} prompts dropped, they mention minors")
     return kept
-
 
 def load_concept(model, name):
     """Read NAME.txt (format: README.md) from the model's prompts/ or ours -> dict of strings and lists."""
@@ -140,55 +134,50 @@ def load_concept(model, name):
         die(f"{path}: task is {found['task']}, not object, ip, style or nsfw")
     return found
 
-
 def check_model(model, device, dtype, size=None):
     """Refuse, in this order: not here and no network; no licence; does not fit; size -> pixels a side.
+    No weights are downloaded. What must fit is the largest of their folders: stages load one at a time."""
+    def refuse(why):
+        die(f"--model {model}: {why}; what runs here: python train.py --model emoji-flux --concept cat")
 
-    No weights are downloaded. What must fit is the largest of their folders: the stages load one at a time.
-    """
-    instead = "what runs here and now: python train.py --model emoji-flux --concept cat"
     try:
         folder = Path(model if Path(model).is_dir() else snapshot_download(model, local_files_only=True))
     except (OSError, HFValidationError):
         folder = None
     if folder:
-        index = folder / "model_index.json"
+        index, config = folder / "model_index.json", folder / "vae" / "config.json"
         if not index.exists() or "FluxPipeline" not in index.read_text():
-            die(f"--model {model}: {folder} holds no FluxPipeline (model_index.json); {instead}")
+            refuse(f"{folder} holds no FluxPipeline (model_index.json)")
         files = {p.relative_to(folder).as_posix(): p.stat().st_size for p in folder.glob("*/*.safetensors")}
-        config = folder / "vae" / "config.json"
     else:
         try:
             info = HfApi().model_info(model, files_metadata=True, timeout=10)
             HfApi().auth_check(model)
             config = Path(hf_hub_download(model, "vae/config.json"))
         except GatedRepoError:
-            die(f"--model {model}: accept its licence on https://huggingface.co/{model}, "
-                f"then hf auth login; {instead}")
+            refuse(f"accept its licence on https://huggingface.co/{model}, then hf auth login")
         except (RepositoryNotFoundError, HFValidationError):
-            die(f"--model {model}: neither a folder here nor a model on the hub; {instead}")
+            refuse("neither a folder here nor a model on the hub")
         except Exception as error:  # every HTTP stack has a class of its own for "no network"
-            die(f"--model {model}: no folder here, not cached, and the hub cannot be reached "
-                f"({type(error).__name__}): connect, or pass a folder; {instead}")
+            refuse(f"no folder here, not cached, and the hub cannot be reached ({type(error).__name__}): "
+                   "connect, or pass a folder")
         files = {f.rfilename: f.size for f in info.siblings
                  if re.fullmatch(r"[^/]+/[^/]+\.safetensors", f.rfilename)}
-    need = {}
-    for name, n_bytes in files.items():  # on disk a weight is two bytes
-        part = name.split("/")[0]
-        need[part] = need.get(part, 0) + n_bytes * dtype.itemsize // 2
-    part = max(need, key=need.get, default=None)
+    if not files or not config.exists():
+        refuse("has no */*.safetensors or no vae/config.json")
+    need = Counter()
+    for name, n_bytes in files.items():
+        need[name.split("/")[0]] += n_bytes * dtype.itemsize // 2  # on disk a weight is two bytes
+    (part, n_bytes), = need.most_common(1)
     free = torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
-    if part is None or not config.exists():
-        die(f"--model {model}: has no */*.safetensors or no vae/config.json; {instead}")
-    if need[part] > free:
-        die(f"--model {model}: its {part} needs {need[part] / 2**30:.2f} GiB in {str(dtype)[6:]}, "
-            f"{device} has {free / 2**30:.2f} GiB free; {instead}")
+    if n_bytes > free:
+        refuse(f"its {part} needs {n_bytes / 2**30:.2f} GiB in {str(dtype)[6:]}, "
+               f"{device} has {free / 2**30:.2f} GiB free")
     vae = json.loads(config.read_text())
     size, step = size or vae["sample_size"], 2 * 2 ** (len(vae["block_out_channels"]) - 1)
     if size % step:
         die(f"--size {size}: must be a multiple of {step}, the VAE's factor times FLUX's 2 x 2 packing")
     return size
-
 
 def setup(args):
     """Fill in what the flags left open, refuse what cannot work before anything is written -> the concept."""
@@ -196,6 +185,8 @@ def setup(args):
     args.dtype = getattr(torch, args.dtype or ("bfloat16" if args.device == "cuda" else "float32"))
     concept = load_concept(args.model, args.concept)
     args.size = check_model(args.model, args.device, args.dtype, getattr(args, "size", None))
+    if "sample_batch" in args:  # 5 at 1024 pixels a side, more at less
+        args.sample_batch = args.sample_batch or max(1, min(25, 5 * 1024**2 // args.size**2))
     seed = f"-{args.seed}" if args.seed else ""
     args.out = getattr(args, "out", None) or Path("out") / f"{Path(args.model).name}-{args.concept}{seed}"
     there = next(p for p in (args.out, *args.out.absolute().parents) if p.exists())
@@ -208,7 +199,6 @@ def setup(args):
             print(f"{flag}: {getattr(args, flag)}")
     return concept
 
-
 def check_settings(path, settings, what, instead="use another --out"):
     """Refuse a json file that other settings have written; writes nothing."""
     if path.exists():
@@ -218,7 +208,6 @@ def check_settings(path, settings, what, instead="use another --out"):
             if made.get(key) != settings.get(key):
                 die(f"{what}: was made with {key} = {made.get(key)}, not {settings.get(key)}: {instead}")
 
-
 def keep_settings(path, settings):
     """Write settings, versions and commit to a json file."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -226,7 +215,6 @@ def keep_settings(path, settings):
     git = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True)
     record = dict(settings=settings, versions=versions, commit=git.stdout.strip())
     write_text(path, json.dumps(record, indent=1, default=str))
-
 
 @contextlib.contextmanager
 def whole(path):
@@ -238,16 +226,13 @@ def whole(path):
     finally:
         half.unlink(missing_ok=True)
 
-
 def write_text(path, text):
     with whole(path) as half:
         half.write_text(text)
 
-
 def save_image(image, path):
     with whole(path) as half:
         image.save(half, format="PNG")
-
 
 def open_image(path, size=None):
     """An image as RGB, a mask as L; a corrupt one, or one of another (width, height) than size, is named."""
@@ -260,7 +245,6 @@ def open_image(path, size=None):
         die(f"{path}: is {image.size}, its image {size}; delete it and run the same command again", 1)
     return image
 
-
 def contact_sheet(images, path, columns=10, side=96, titles=()):
     """Images, row by row, as one picture; titles name the rows."""
     left = 150 if titles else 0
@@ -271,7 +255,6 @@ def contact_sheet(images, path, columns=10, side=96, titles=()):
     for i, title in enumerate(titles):
         pen.text((4, i * side + side // 2 - 6), title, fill="black")
     save_image(sheet, Path(path))
-
 
 def encode_prompts(model, prompts, device, dtype):
     """{prompt: (T5 states (T, E), pooled CLIP state (P,))} on the CPU; the encoders are freed on return."""
@@ -284,7 +267,6 @@ def encode_prompts(model, prompts, device, dtype):
             found[prompt] = states[0].cpu(), pooled[0].cpu()
     return found
 
-
 def load_denoiser(model, device, dtype):
     """FluxPipeline without its text encoders: transformer, VAE and scheduler, frozen."""
     pipe = FluxPipeline.from_pretrained(model, text_encoder=None, text_encoder_2=None, tokenizer=None,
@@ -294,11 +276,9 @@ def load_denoiser(model, device, dtype):
     pipe.vae.requires_grad_(False)
     return pipe
 
-
 def seed_of(seed, concept, index):
     """The noise seed of a concept's image: more images, or other concepts, never change it."""
     return zlib.crc32(f"{seed}/{concept}/{index}".encode())
-
 
 def generate(pipe, embeds, prompts, seeds, steps, guidance, size):
     """One batch -> list of PIL images, each a function of its own prompt and seed but for rounding."""
@@ -308,7 +288,6 @@ def generate(pipe, embeds, prompts, seeds, steps, guidance, size):
     return pipe(prompt_embeds=states, pooled_prompt_embeds=pooled, generator=noise, num_inference_steps=steps,
                 guidance_scale=guidance, height=size, width=size).images
 
-
 def check_set(folder, concept, prompts, args, **made_by):
     """Refuse a folder of images that other settings have made -> the settings."""
     settings = dict(model=args.model, concept=concept, prompts=prompts, seed=args.seed, size=args.size,
@@ -316,7 +295,6 @@ def check_set(folder, concept, prompts, args, **made_by):
                     dtype=args.dtype, **made_by)
     check_settings(folder / "settings.json", settings, folder, f"use another --out, or delete {folder}")
     return settings
-
 
 def sample_set(pipe, embeds, folder, concept, prompts, count, args, **made_by):
     """Fill folder with 000.png ... and manifest.json -> [(path, prompt)]; what is there stays as it is.
@@ -342,7 +320,6 @@ def sample_set(pipe, embeds, folder, concept, prompts, count, args, **made_by):
             save_image(image, file)
     return [(f, p) for f, p, _ in rows[:count]]
 
-
 def plan_sets(concept, args):
     """D_PR's sets, then D_ES, each (folder, concept, prompts, count); other settings' images are refused."""
     sets = [(args.out / "preserve" / other, other, [t.replace("{}", other) for t in concept["preserve"]],
@@ -352,7 +329,6 @@ def plan_sets(concept, args):
         check_set(folder, name, prompts, args)
     return sets
 
-
 def sample_all(pipe, embeds, sets, args):
     """Step 1 of Algorithm 1 -> D_ES and D_PR, each [(path, prompt)]."""
     *preserve, forget = [sample_set(pipe, embeds, *one, args) for one in sets]
@@ -361,7 +337,6 @@ def sample_all(pipe, embeds, sets, args):
     contact_sheet([open_image(path) for path, _ in shown], args.out / "samples.png", 8)
     return forget, preserve
 
-
 def main(args):
     concept = setup(args)
     sets = plan_sets(concept, args)
@@ -369,7 +344,6 @@ def main(args):
     embeds = encode_prompts(args.model, wanted, args.device, args.dtype)
     forget, preserve = sample_all(load_denoiser(args.model, args.device, args.dtype), embeds, sets, args)
     print(f"{args.out}: {len(forget)} + {len(preserve)} images; look at samples.png")
-
 
 if __name__ == "__main__":
     guarded(main, ARGS)

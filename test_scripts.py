@@ -38,7 +38,8 @@ sys.path.insert(0, EMOJI)
 import world  # noqa: E402
 
 SMALL = ("--n-forget 10 --n-preserve 2 --sample-steps 6 --steps 12 --checkpoint-every 5 --optimizer adamw "
-         "--min-found 0.2").split()
+         "--min-found 0.2 --sample-batch 5").split()
+FEW = "--n 4 --sample-steps 2 --sample-batch 4".split()
 WEIGHTS = "pytorch_lora_weights.safetensors"
 
 
@@ -429,7 +430,7 @@ def test_split_batch_has_the_same_gradient(trained):
 # -------------------------------------------------------------------------------- evaluation
 
 def evaluation(trained, out, *more):
-    given = ["--model", EMOJI, "--lora", str(trained), "--out", str(out), "--n", "4", "--sample-steps", "2"]
+    given = ["--model", EMOJI, "--lora", str(trained), "--out", str(out), *FEW]
     return evaluate.main(evaluate.arguments([*given, *more]))
 
 
@@ -486,13 +487,13 @@ def test_several_loras_of_one_concept_share_what_is_before(trained, tmp_path, ca
     found = [json.loads((Path(run) / "evaluation.json").read_text())["figures"] for run in runs]
     assert all(found[0][name]["before"] == found[1][name]["before"] for name in found[0])
     for run in runs:
-        dog = ["--model", EMOJI, "--concept", "dog", "--lora", run, "--n", "1", "--sample-steps", "1"]
+        dog = ["--model", EMOJI, "--concept", "dog", "--lora", run, *FEW]
         line = refusal(lambda: evaluate.main(evaluate.arguments(dog)), capsys)
         assert "has forgotten cat, not dog" in line
 
 
 def test_corrupt_or_missing_lora_is_one_line(tmp_path, capsys):
-    ask = ["--model", EMOJI, "--concept", "cat", "--lora", str(tmp_path), "--n", "1", "--sample-steps", "1"]
+    ask = ["--model", EMOJI, "--concept", "cat", "--lora", str(tmp_path), *FEW]
     assert "holds no" in refusal(lambda: evaluate.main(evaluate.arguments(ask)), capsys)
     (tmp_path / WEIGHTS).write_bytes(b"12345678 not safetensors")
     assert "does not load" in refusal(lambda: evaluate.main(evaluate.arguments(ask)), capsys)

@@ -20,7 +20,6 @@ TABLE6 = dict(object=dict(steps=300, eta=1.0, gamma=3.0, tau=0.1, lambda_prior=0
               style=dict(steps=400, eta=3.0, gamma=3.0, tau=0.1, lambda_prior=0.6),
               nsfw=dict(steps=500, eta=1.0, gamma=3.0, tau=0.1, lambda_prior=0.6))
 
-
 def arguments(given=None):
     parser = argparse.ArgumentParser(description=__doc__)
     model_flags(parser)
@@ -42,7 +41,7 @@ def arguments(given=None):
     recipe.add_argument("--batch", type=number(int), default=4, help="forget images a step, as many others")
     recipe.add_argument("--accumulate", type=number(int), default=1, help="split a batch into N passes")
     recipe.add_argument("--guidance", type=number(strict=False), default=1.0,
-                        help="in training (default 1: a guided prediction is not the target velocity)")
+                        help="of the forget half (default 1); the other has --sample-guidance")
     recipe.add_argument("--noise", choices=["uniform", "logit-normal"], default="uniform", help="of sigma")
     sampling_flags(parser.add_argument_group("step 1 of Algorithm 1"))
     mask_flags(parser.add_argument_group("masks"))
@@ -51,7 +50,6 @@ def arguments(given=None):
     output.add_argument("--save-every", type=number(int), help="keep the LoRA of every N-th step (Figure 1)")
     output.add_argument("--checkpoint-every", type=number(int), default=50, help="default 50")
     return parser.parse_args(given)
-
 
 ARGS = arguments() if __name__ == "__main__" else None  # before the slow imports: --help answers at once
 
@@ -77,7 +75,6 @@ from sample import (check_settings, contact_sheet, die, encode_prompts, generate
 LORA_TARGETS = ("attn.to_k attn.to_q attn.to_v attn.to_out.0 attn.add_k_proj attn.add_q_proj attn.add_v_proj "
                 "attn.to_add_out ff.net.0.proj ff.net.2 ff_context.net.0.proj ff_context.net.2").split()
 
-
 @contextlib.contextmanager
 def reference(transformer):
     """The frozen reference: the same network, adapters off, no gradient; back on even after an error."""
@@ -88,18 +85,16 @@ def reference(transformer):
     finally:
         transformer.enable_adapters()
 
-
 def predict(transformer, z, sigma, states, pooled, guidance):
-    """Velocity (B, L, D) of packed latents z (B, L, D) at sigma (B,); states (B, T, E), pooled (B, P)."""
+    """Packed z (B, L, D), sigma and guidance (B,), states (B, T, E), pooled (B, P) -> velocity (B, L, D)."""
     side = int(z.shape[1] ** 0.5)
     image_ids = FluxPipeline._prepare_latent_image_ids(1, side, side, z.device, z.dtype)  # (L, 3)
     text_ids = torch.zeros(states.shape[1], 3, device=z.device, dtype=z.dtype)  # (T, 3)
-    scale = torch.full_like(sigma, guidance) if transformer.config.guidance_embeds else None  # (B,)
+    guidance = guidance if transformer.config.guidance_embeds else None  # (B,)
     dtype = states.dtype
     return transformer(hidden_states=z.to(dtype), encoder_hidden_states=states, pooled_projections=pooled,
-                       timestep=sigma.to(dtype), guidance=scale, txt_ids=text_ids, img_ids=image_ids,
+                       timestep=sigma.to(dtype), guidance=guidance, txt_ids=text_ids, img_ids=image_ids,
                        return_dict=False)[0]  # (B, L, D)
-
 
 def iteration(transformer, x, mask, states, pooled, sigma, eps, args):
     """Algorithm 1, lines 3 to 5: one batch up to its loss.
@@ -109,9 +104,13 @@ def iteration(transformer, x, mask, states, pooled, sigma, eps, args):
     """
     half = len(mask)
     z = add_noise(x, eps, sigma)  # (2B, L, D)
+    # forget where a prediction is a velocity: a guided one overshoots the target, and S can grow by more of
+    # that instead. Preserve where images are sampled
+    guidance = torch.full_like(sigma, args.sample_guidance)  # (2B,)
+    guidance[:half] = args.guidance
     with reference(transformer):  # first: with checkpointing, a backward needs the adapters as they were
-        v_ref = predict(transformer, z, sigma, states, pooled, args.guidance)  # (2B, L, D)
-    v = predict(transformer, z, sigma, states, pooled, args.guidance)  # (2B, L, D)
+        v_ref = predict(transformer, z, sigma, states, pooled, guidance)  # (2B, L, D)
+    v = predict(transformer, z, sigma, states, pooled, guidance)  # (2B, L, D)
     target = eps - x  # (2B, L, D)
     S = score(v[:half], target[:half], mask)  # (B,)
     S_ref = score(v_ref[:half], target[:half], mask)  # (B,)
@@ -126,7 +125,6 @@ def iteration(transformer, x, mask, states, pooled, sigma, eps, args):
     loss = forget.mean() + args.lambda_prior * prior.mean()
     return loss, dict(S=S.detach(), S_ref=S_ref, dS=dS.detach(), alpha=alpha, prior=prior.detach(),
                       sigma=sigma[:half])
-
 
 def encode_images(pipe, files, masks=None):
     """Image files -> packed latents (N, L, D) and, from mask files, packed masks (N, L, D) in {0, 1}."""
@@ -144,7 +142,6 @@ def encode_images(pipe, files, masks=None):
             m = mask_to_latents(m, *x.shape[2:]).float().expand(x.shape)  # (1, C, H, W)
             ms.append(FluxPipeline._pack_latents(m, *x.shape))  # onto the same cells as the latents
     return torch.cat(xs), torch.cat(ms) if masks else None
-
 
 def batch_of(step, forget, preserve, embeds, args, device):
     """The step's data in args.accumulate parts, a function of (seed, step): a resumed run sees the same.
@@ -167,14 +164,12 @@ def batch_of(step, forget, preserve, embeds, args, device):
         data = x[rows], forget[1][i][mine], states[rows], pooled[rows], sigma[rows], eps[rows]
         yield [tensor.to(device) for tensor in data]
 
-
 def save_lora(transformer, folder):
     """pytorch_lora_weights.safetensors as FluxPipeline.load_lora_weights reads it; whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     lora = get_peft_model_state_dict(transformer)
     with whole(folder / LORA_WEIGHT_NAME_SAFE) as half:
         FluxPipeline.save_lora_weights(folder, lora, weight_name=half.name)
-
 
 def add_lora(transformer, rank, seed):
     """A LoRA that changes nothing yet, in float32, since a bf16 one ends far worse -> its parameters."""
@@ -183,7 +178,6 @@ def add_lora(transformer, rank, seed):
                                        target_modules=LORA_TARGETS))
     cast_training_params(transformer, torch.float32)
     return [p for p in transformer.parameters() if p.requires_grad]
-
 
 def train(transformer, forget, preserve, embeds, args):
     """The loop. LoRA and optimiser state go to checkpoint.pt, one row a step to log.csv."""
@@ -238,7 +232,6 @@ def train(transformer, forget, preserve, embeds, args):
     save_lora(transformer, args.out)
     return rows
 
-
 def draw_curves(rows, path):
     import matplotlib
     matplotlib.use("Agg")
@@ -258,7 +251,6 @@ def draw_curves(rows, path):
     with whole(path) as half:
         figure.savefig(half, dpi=80, format="png")
 
-
 def draw_before_after(pipe, embeds, groups, path, args, columns=6):
     """Two rows a group, the base above the LoRA, at the same seeds."""
     images, titles = [], []
@@ -271,7 +263,6 @@ def draw_before_after(pipe, embeds, groups, path, args, columns=6):
         images += generate(pipe, *ask)
         titles += [f"{title}: before", f"{title}: after"]
     contact_sheet(images, path, columns, titles=titles)
-
 
 def main(args):
     concept = setup(args)
@@ -308,7 +299,6 @@ def main(args):
     draw_curves(rows, args.out / "curves.png")
     draw_before_after(pipe, embeds, groups, args.out / "before_after.png", args)
     print(f"{args.out}: dS {rows[-1]['dS']:.2f}; look at before_after.png and curves.png")
-
 
 if __name__ == "__main__":
     guarded(main, ARGS)

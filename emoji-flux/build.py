@@ -44,7 +44,6 @@ sys.path.insert(0, str(HERE.parent))  # the repository's own scripts
 from mask import build_sam, detect, load_sam  # noqa: E402
 from sample import whole  # noqa: E402
 
-
 def bf16_is_fast():
     """Time a matrix product: bf16 is 2 x faster than fp32 on a CPU with AVX-512 BF16, 16 x slower on AVX2."""
     seconds = {}
@@ -57,29 +56,23 @@ def bf16_is_fast():
         seconds[dtype] = time.perf_counter() - start
     return seconds[torch.bfloat16] < seconds[torch.float32]
 
-
 def to_tensor(images):
     """List of uint8 (64, 64, 3) -> float (B, 3, 64, 64) in [-1, 1]."""
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
-
 
 def to_images(x):
     """The way back, rounded down."""
     return list(((x + 1) * 127.5).byte().permute(0, 2, 3, 1).numpy())
 
-
 def token_ids(tokenizer, texts):
     return tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids  # (B, T)
-
 
 def overlap(a, b):
     """Intersection over union of bool masks (..., 64, 64), arrays or tensors."""
     return (a & b).sum((-2, -1)) / (a | b).sum((-2, -1)).clip(1)
 
-
 def read(kind, folder):
     return kind.from_pretrained(HERE / folder, dtype=torch.float32)
-
 
 def write(model, folder):
     """Commit a network in bf16, to be loaded as fp32; the given one stays as it is."""
@@ -87,17 +80,14 @@ def write(model, folder):
     config = HERE / folder / "config.json"
     config.write_text(config.read_text().replace('"dtype": "bfloat16"', '"dtype": "float32"'))
 
-
 def known_weights(model, folder):
     """Start from the committed weights, with a fresh optimiser and its warm-up."""
     model.load_state_dict(read(type(model), folder).state_dict())
     return model
 
-
 def save_whole(state, path):
     with whole(path) as half:
         torch.save(state, half)
-
 
 class Muon(torch.optim.Optimizer):
     """Muon as torch.optim.Muon with match_rms_adamw, for all matrices of a shape at once and in bf16 under
@@ -127,7 +117,6 @@ class Muon(torch.optim.Optimizer):
                 rate = group["lr"] * 0.2 * max(shape) ** 0.5
                 for (p, _), update in zip(pairs, x):
                     p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=rate)
-
 
 def fit(stage, model, loss_of, steps, args, lr, warmup=200, ema=0.999, save=None):
     """The one training loop of every stage: warm-up, linear decay, EMA, checkpoints -> the averaged model.
@@ -188,12 +177,10 @@ def fit(stage, model, loss_of, steps, args, lr, warmup=200, ema=0.999, save=None
             print(f"{stage} step {step + 1} loss {running:.4f} {seconds / 60:.1f} min", flush=True)
     return average
 
-
 PACKAGES = {  # family -> npm package, and where the picture of a code point lies in it
     "noto": ("emoji-datasource-google@16.0.0", "package/img/google/64/{}.png"),
     "twemoji": ("emoji-datasource-twitter@16.0.0", "package/img/twitter/64/{}.png"),
     "fluent": ("@lobehub/fluent-emoji-3d@1.1.0", "package/assets/{}.webp")}
-
 
 def build_art(args):
     """npm artwork -> sprites.png: one column a thing, one row a family, each cut to what is visible of it."""
@@ -213,7 +200,6 @@ def build_art(args):
                 atlas.paste(art.convert("RGBA"), (side * column + left, side * row + top))
     atlas.save(HERE / "sprites.png", optimize=True)
 
-
 def new_vae():
     vae = AutoencoderKL(
         down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3,
@@ -224,7 +210,6 @@ def new_vae():
             nn.init.zeros_(parameter)
     return vae
 
-
 def vae_loss(vae, rng):
     x = to_tensor([world.draw(rng)["image"] for _ in range(8)])  # (B, 3, 64, 64)
     posterior = vae.encode(x).latent_dist
@@ -232,7 +217,6 @@ def vae_loss(vae, rng):
     edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
     kl = 1e-4 * posterior.kl().float().mean() / 4096
     return error.abs().mean() + edges + 2 * error.square().mean() + kl
-
 
 def train_vae(args):
     vae = known_weights(new_vae(), "vae") if args.go_on else new_vae()
@@ -243,7 +227,6 @@ def train_vae(args):
     vae.register_to_config(shift_factor=z.mean().item(), scaling_factor=1 / z.std().item())
     print(f"shift {vae.config.shift_factor:.4f} scale {vae.config.scaling_factor:.4f}")
     write(vae, "vae")
-
 
 def make_tokenizers():
     """Both of FLUX's tokenizers with one token a word: a T5 unigram model and a CLIP byte-pair model."""
@@ -270,14 +253,12 @@ def make_tokenizers():
         CLIPTokenizer(vocab=vocab, merges=merges, unk_token="<|endoftext|>", pad_token="<|endoftext|>",
                       model_max_length=length + 1).save_pretrained(HERE / folder)
 
-
 def text_config(kind, tokenizer):
     return kind(
         hidden_size=64, intermediate_size=128, projection_dim=64, num_hidden_layers=1, num_attention_heads=4,
         vocab_size=len(tokenizer), max_position_embeddings=tokenizer.model_max_length,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id)
-
 
 def two_towers(kind, text, vision, tokenizer):
     """The config of a CLIP or an OWLv2, from the classes of its parts."""
@@ -286,14 +267,12 @@ def two_towers(kind, text, vision, tokenizer):
     reading = text_config(text, tokenizer)
     return kind(text_config=reading.to_dict(), vision_config=seeing.to_dict(), projection_dim=64)
 
-
 # what the judge can be asked, each as "a picture of ..."; the bare "a picture" is its zero
 QUESTIONS = ([world.phrase(n) for n in world.NAMES] + [f"{s} style" for s in world.STYLES]
              + [world.phrase(b) + " background" for b in world.BACKGROUNDS] + ["a painting"])
 ASKED = [f"a picture of {q}" for q in QUESTIONS] + ["a picture"]
 IS_THING = np.s_[:, :len(world.NAMES)]  # the columns of answers that are about things, and about styles
 IS_STYLE = np.s_[:, len(world.NAMES):len(world.NAMES) + len(world.STYLES)]
-
 
 def answers(scene):
     """-> float32 (71,), 1 where a question is true of the scene."""
@@ -304,7 +283,6 @@ def answers(scene):
         true.add("a painting")
     return np.array([q in true for q in QUESTIONS], np.float32)
 
-
 def worn(scene, rng):
     """-> float (3, 64, 64) in [-1, 1], at times blurred or noisy: what a generator might draw."""
     x = to_tensor([scene["image"]])  # (1, 3, 64, 64)
@@ -314,13 +292,11 @@ def worn(scene, rng):
         x = x + rng.uniform(0, 0.12) * torch.from_numpy(rng.standard_normal(x.shape)).float()
     return x[0].clamp(-1, 1)
 
-
 def worn_scenes(rng, batch, faint, share):
     """Scenes, a share of them with an opacity in [faint, 1], and their worn images (B, 3, 64, 64)."""
     scenes = [world.draw(rng, opacity=rng.uniform(faint, 1) if rng.random() < share else 1.0)
               for _ in range(batch)]
     return scenes, torch.stack([worn(s, rng) for s in scenes])
-
 
 def clip_loss(clip, rng, batch=32):
     """Sigmoid loss on every question's margin over "a picture", and a contrastive loss on whole captions."""
@@ -336,7 +312,6 @@ def clip_loss(clip, rng, batch=32):
     rare = torch.tensor(4.0)  # a question is true of one scene in forty
     return 20 * F.binary_cross_entropy_with_logits(about - zero, truth, pos_weight=rare) + 0.2 * contrast
 
-
 def train_clip(args):
     fit.tokenizer = AutoTokenizer.from_pretrained(HERE / "clip")
     clip = CLIPModel(two_towers(CLIPConfig, CLIPTextConfig, CLIPVisionConfig, fit.tokenizer))
@@ -344,7 +319,6 @@ def train_clip(args):
     write(fit("clip", clip, clip_loss, args.steps or 6000, args, lr=3e-3), "clip")
     CLIPImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64},
                        image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(HERE / "clip")
-
 
 def detector_loss(owl, rng, batch=32):
     """Sigmoid loss on words, L1 and generalised IoU on boxes. A box belongs to the patches near its centre, a
@@ -374,7 +348,6 @@ def detector_loss(owl, rng, batch=32):
     place = (found - wanted).abs().mean() * 4 + generalized_box_iou_loss(found, wanted, reduction="mean")
     return 60 * F.binary_cross_entropy_with_logits(logits.float(), truth) + place
 
-
 def train_detector(args):
     """The image tower starts from the judge's: OWLv2, too, starts from a CLIP."""
     fit.tokenizer = AutoTokenizer.from_pretrained(HERE / "clip")
@@ -392,7 +365,6 @@ def train_detector(args):
     write(fit("detector", owl, detector_loss, args.steps or 3500, args, lr=2e-3), "detector")
     images = Owlv2ImageProcessor(size={"height": 64, "width": 64}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     Owlv2Processor(images, fit.tokenizer).save_pretrained(HERE / "detector")
-
 
 def sam_loss(sam, rng, batch=12):
     """One mask from one box a prompt, as SamPredictor asks with multimask_output=False: BCE + dice."""
@@ -416,7 +388,6 @@ def sam_loss(sam, rng, batch=12):
         loss = loss + 0.1 * (quality[:, 0].float() - iou).square().mean()
     return loss / len(scenes)
 
-
 def train_sam(args):
     sam = build_sam(img_size=64, patch=4, width=96, depth=4, heads=4, global_blocks=(0, 1, 2, 3), window=0,
                     decoder_width=64, decoder_mlp=128)
@@ -424,7 +395,6 @@ def train_sam(args):
         sam.load_state_dict(torch.load(HERE / "sam.pth", weights_only=True))
     sam = fit("sam", sam, sam_loss, args.steps or 4000, args, lr=2e-3)
     save_whole(sam.state_dict(), HERE / "sam.pth")
-
 
 class Flow(nn.Module):
     """The three modules that learn together: FLUX's transformer and its two text encoders."""
@@ -460,7 +430,6 @@ class Flow(nn.Module):
             hidden_states=z, encoder_hidden_states=prompt, pooled_projections=pooled, timestep=sigma,
             guidance=guidance, img_ids=image_ids, txt_ids=text_ids, return_dict=False)[0]
 
-
 def latents(args, count=40_000):
     """Draw the training scenes and encode them once -> packed latents, bf16 (count, 64, 64), and scenes."""
     path = args.work / (f"latents-{args.seed}.pt" if args.seed else "latents.pt")
@@ -479,10 +448,8 @@ def latents(args, count=40_000):
     save_whole((torch.cat(z), scenes), path)
     return torch.cat(z), scenes
 
-
 def tokenize(texts):
     return [token_ids(t, texts) for t in fit.tokenizers]  # (B, 20), (B, 21)
-
 
 def flow_loss(flow, rng, batch=32):
     """Rectified flow matching; if fit.guided, half of the batch learns the teacher's guided velocity."""
@@ -508,11 +475,9 @@ def flow_loss(flow, rng, batch=32):
         target[:half] = uncond + guidance[:half, None, None] * (cond - uncond)
     return F.mse_loss(flow(noisy, tokenize(said), sigma, guidance).float(), target)
 
-
 def save_flow(flow):
     for name, module in flow.named_children():
         write(module, name)
-
 
 def train_flow(args, stage="flow"):
     fit.guided = stage == "guide"
@@ -548,7 +513,6 @@ def train_flow(args, stage="flow"):
         transformer=["diffusers", "FluxTransformer2DModel"], vae=["diffusers", "AutoencoderKL"])
     (HERE / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
-
 def margins(images, phrases):
     """The judge's logit for each phrase over "a picture": images N x phrases K -> (N, K)."""
     processor, clip = AutoProcessor.from_pretrained(HERE / "clip"), read(CLIPModel, "clip")
@@ -559,10 +523,8 @@ def margins(images, phrases):
         logits = clip(**inputs).logits_per_image  # (N, K + 1)
     return (logits[:, :-1] - logits[:, -1:]).numpy()
 
-
 def percent(yes):
     return f"{100 * np.mean(yes):.1f} %"
-
 
 def report_networks(rng):
     """VAE, judge, detector and SAM on drawn scenes -> rows of the table."""
@@ -602,7 +564,6 @@ def report_networks(rng):
         rows.append((f"{what}: mean IoU", f"{np.mean(ious):.3f}", bar, len(ious)))
     return rows
 
-
 def report_pipeline(rng, n, dtype):
     """What the judge sees in generated images, n for each thing -> rows of the table."""
     pipe = FluxPipeline.from_pretrained(HERE, dtype=dtype)
@@ -636,7 +597,6 @@ def report_pipeline(rng, n, dtype):
     again = [world.draw(rng, [name], framed=False) for name in world.NAMES for _ in range(8)]
     return rows + [("a paraphrase recognised", percent(said_yes(again, 1.0)[0]), ">= 90 %", len(again))]
 
-
 def report(args):
     """The quality table of README.md, on scenes and prompts drawn with seeds that no training saw."""
     rng = np.random.default_rng(10**9 + args.seed)
@@ -646,11 +606,9 @@ def report(args):
     for row in rows:
         print("| " + " | ".join(str(v) for v in row) + " |")
 
-
 STAGES = dict(art=build_art, words=lambda args: make_tokenizers(), vae=train_vae, clip=train_clip,
               detector=train_detector, sam=train_sam, flow=train_flow,
               guide=lambda args: train_flow(args, "guide"), report=report)
-
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
@@ -668,7 +626,6 @@ def main():
     args.bf16 = bf16_is_fast()
     for stage in args.stages:
         STAGES[stage](args)
-
 
 if __name__ == "__main__":
     main()

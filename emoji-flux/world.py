@@ -44,11 +44,9 @@ BACKGROUNDS = dict(
     white=(250, 250, 248), gray=(150, 152, 156), blue=(120, 176, 236), green=(132, 206, 134),
     yellow=(248, 222, 110), pink=(246, 172, 200), orange=(244, 164, 92), purple=(168, 136, 214))
 
-
 def phrase(name):
     """'cat' -> 'a cat', 'owl' -> 'an owl'."""
     return ("an " if name[0] in "aeo" or name == "umbrella" else "a ") + name
-
 
 @functools.cache
 def paraphrases():
@@ -60,11 +58,9 @@ def paraphrases():
         found[name] = [line for line in section.splitlines() if line.strip()]
     return found
 
-
 @functools.cache
 def _atlas():
     return Image.open(HERE / "sprites.png").convert("RGBA")
-
 
 @functools.cache
 def sprite(name, style):
@@ -77,12 +73,10 @@ def sprite(name, style):
     out[..., 3] /= 255
     return out
 
-
 def wall(background):
     """-> float32 (64, 64, 3): the background colour, a little darker towards the bottom."""
     shade = np.linspace(1.04, 0.92, SIZE, dtype=np.float32)[:, None, None]
     return np.minimum(np.float32(BACKGROUNDS[background]) * shade, 255) * np.ones((1, SIZE, 1), np.float32)
-
 
 def paste(canvas, name, style, x, y, opacity=1.0):
     """Composite a thing centred at (x, y) onto canvas (64, 64, 3), in place -> its mask, bool (64, 64)."""
@@ -95,12 +89,10 @@ def paste(canvas, name, style, x, y, opacity=1.0):
     mask[window] = art[..., 3] > 0.5
     return mask
 
-
 def box(mask):
     """bool (64, 64) -> (x0, y0, x1, y1) in pixels, the last two exclusive."""
     ys, xs = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     return int(xs[0]), int(ys[0]), int(xs[-1]) + 1, int(ys[-1]) + 1
-
 
 def draw(rng, names=None, style=None, background=None, framed=None, opacity=1.0):
     """Draw a scene; what is not given is drawn from rng, half of the scenes holding two things.
@@ -130,7 +122,6 @@ def draw(rng, names=None, style=None, background=None, framed=None, opacity=1.0)
     return dict(image=image, names=tuple(names), style=style, background=background, framed=bool(framed),
                 masks=masks, boxes=[box(m) for m in masks], frame=frame)
 
-
 def caption(scene, rng, paraphrase=0.2, full=False):
     """A sentence of the grammar for a scene. Style and background are left out at random unless full."""
     names = scene["names"]
@@ -151,7 +142,6 @@ def caption(scene, rng, paraphrase=0.2, full=False):
         parts.pop()  # two paraphrases leave no room for the style, or for the background either
     return sentence
 
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -171,7 +161,6 @@ def main():
         pen.text((x + 4, y + 129), lines, fill="black", font_size=9)
     sheet.save(args.out)
     print(f"{args.out}: {len(NAMES)} things, {len(STYLES)} styles, {len(BACKGROUNDS)} backgrounds")
-
 
 if __name__ == "__main__":
     main()
