@@ -178,6 +178,23 @@ def test_prompt_files_are_complete(model):
         assert set(world.NAMES) | set(world.STYLES) | {"hazard"} == set(names)
 
 
+def test_guidance_is_distilled_into_the_model():
+    """Its predictions at g lie at u + g (c - u), of its own conditional c (g = 1) and unconditional u."""
+    embeds = sample.encode_prompts(EMOJI, ["a cat on a blue background", ""], "cpu", torch.float32)
+    transformer = sample.load_denoiser(EMOJI, "cpu", torch.float32).transformer
+    z = torch.randn(4, 64, 64, generator=torch.Generator().manual_seed(0))  # (B, L, D)
+
+    def velocity(prompt, g):
+        states, pooled = (e.expand(4, *e.shape) for e in embeds[prompt])
+        with torch.no_grad():
+            return train.predict(transformer, z, torch.ones(4), states, pooled, torch.full((4,), g))
+
+    c, u = velocity("a cat on a blue background", 1.0), velocity("", 1.0)  # (B, L, D)
+    for g in (2.0, 3.5, 5.0):  # a switch at g = 1, the same from there on, is what it must not learn
+        along = ((velocity("a cat on a blue background", g) - c) * (c - u)).sum() / (c - u).square().sum()
+        assert along == pytest.approx(g - 1, rel=0.25)
+
+
 # -------------------------------------------------------------------------------- sampling and masks
 
 def test_more_images_never_change_the_earlier_ones(tmp_path):

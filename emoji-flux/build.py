@@ -451,56 +451,68 @@ def latents(args, count=40_000):
 def tokenize(texts):
     return [token_ids(t, texts) for t in fit.tokenizers]  # (B, 20), (B, 21)
 
-def flow_loss(flow, rng, batch=32):
-    """Rectified flow matching; if fit.guided, half of the batch learns the teacher's guided velocity."""
+def noisy_scenes(rng, batch):
+    """-> scenes, their latents x and z at noise level sigma (B,), with noise eps, all three (B, 64, 64)."""
     z, scenes = fit.data
     chosen = rng.choice(fit.index, size=batch)
     x = z[chosen].float()  # (B, 64, 64)
-    said = [world.caption(scenes[i], rng) if rng.random() > 0.1 else "" for i in chosen]
     # logit-normal, shifted to where a prompt decides: at mean 0 it hardly ever sees the first steps of
     # sampling, and the background did not follow the prompt; at mean 1 the order of a pair did not
     sigma = torch.sigmoid(2.0 + 1.7 * torch.randn(batch))  # (B,)
-    guidance = 1 + 4 * torch.rand(batch)  # (B,), ignored until stage guide gives it a meaning
     eps = torch.randn_like(x)  # (B, 64, 64)  eps ~ N(0, 1)
-    target = eps - x  # (B, 64, 64)
     noisy = (1 - sigma[:, None, None]) * x + sigma[:, None, None] * eps  # (B, 64, 64)
-    if fit.guided:  # distil v_uncond + g (v_cond - v_uncond) into the guidance embedding, g ~ U(1, 5)
-        half = batch // 2
-        said[:half] = [world.caption(scenes[i], rng) for i in chosen[:half]]
-        guidance[half:] = 1
-        ids = tokenize(said[:half] + [""] * half)
-        with torch.no_grad():
-            both = fit.teacher(noisy[:half].repeat(2, 1, 1), ids, sigma[:half].repeat(2), torch.ones(batch))
-        cond, uncond = both.float().chunk(2)  # (B/2, 64, 64) each
-        target[:half] = uncond + guidance[:half, None, None] * (cond - uncond)
-    return F.mse_loss(flow(noisy, tokenize(said), sigma, guidance).float(), target)
+    return [scenes[i] for i in chosen], x, noisy, sigma, eps
+
+def said_of(scenes, rng):
+    """Captions, one of ten empty: the unconditional prediction that guidance starts from."""
+    return [world.caption(s, rng) if rng.random() > 0.1 else "" for s in scenes]
+
+def flow_loss(flow, rng, batch=32):
+    """Rectified flow matching. The guidance input is drawn at random: stage guide gives it a meaning."""
+    scenes, x, noisy, sigma, eps = noisy_scenes(rng, batch)
+    guidance = 1 + 4 * torch.rand(batch)  # (B,)
+    return F.mse_loss(flow(noisy, tokenize(said_of(scenes, rng)), sigma, guidance).float(), eps - x)
+
+def guide_loss(flow, rng, batch=16):
+    """Distil the teacher's u + g (c - u), of its own conditional c and unconditional u, into the guidance
+    embedding: each sample at two g ~ U(1, 5), so that the difference that g makes is in every batch. Where
+    half of the samples had g = 1 and the plain target, the network learned a switch at that one value."""
+    scenes, _, noisy, sigma, _ = noisy_scenes(rng, batch)
+    said = said_of(scenes, rng)
+    ids, ones = tokenize(said + [""] * batch), torch.ones(2 * batch)
+    with torch.no_grad():
+        both = fit.teacher(noisy.repeat(2, 1, 1), ids, sigma.repeat(2), ones)  # (2B, 64, 64)
+    cond, uncond = (v.repeat(2, 1, 1) for v in both.float().chunk(2))  # (2B, 64, 64) each
+    guidance = 1 + 4 * torch.rand(2 * batch)  # (2B,)
+    guidance[::8] = 1  # which training asks for
+    target = uncond + guidance[:, None, None] * (cond - uncond)  # (2B, 64, 64)
+    said, noisy, sigma = tokenize(said * 2), noisy.repeat(2, 1, 1), sigma.repeat(2)
+    return F.mse_loss(flow(noisy, said, sigma, guidance).float(), target)
 
 def save_flow(flow):
     for name, module in flow.named_children():
         write(module, name)
 
 def train_flow(args, stage="flow"):
-    fit.guided = stage == "guide"
     fit.tokenizers = [AutoTokenizer.from_pretrained(HERE / f) for f in ("tokenizer_2", "tokenizer")]
     fit.data = latents(args)
     # three of four samples hold two things: with every second one, a thing was often drawn twice
     copies = [3 if len(s["names"]) == 2 else 1 for s in fit.data[1]]
     fit.index = np.arange(len(copies)).repeat(copies)  # an array: a list would be converted at every step
     flow = Flow()
-    if args.go_on or fit.guided:
+    if args.go_on or stage == "guide":
         for name, module in flow.named_children():
             known_weights(module, name)
-    if fit.guided:  # the teacher stays as it was when the stage began: its own average made it decay
+    if stage == "guide":  # the teacher stays as it was when the stage began: its own average made it decay
         fit.teacher = copy.deepcopy(flow).eval().requires_grad_(False)
         known = args.work / "teacher.pt"  # save_flow writes over the weights that it was read from
         if known.exists():
             fit.teacher.load_state_dict(torch.load(known))
         else:
             save_whole(fit.teacher.state_dict(), known)
+    loss, steps, lr = dict(flow=(flow_loss, 20_000, 3e-3), guide=(guide_loss, 1500, 1e-3))[stage]
     with sdpa_kernel(SDPBackend.MATH):  # for heads this small flash attention's backward is 40 % of a step
-        steps, lr = (500, 5e-4) if fit.guided else (20_000, 3e-3)  # guide at 3e-3 ruins it
-        flow = fit(stage, flow, flow_loss, args.steps or steps, args, args.lr or lr, ema=0.998,
-                   save=save_flow)
+        flow = fit(stage, flow, loss, args.steps or steps, args, args.lr or lr, ema=0.998, save=save_flow)
     save_flow(flow)
     # what FluxPipeline.from_pretrained needs beside the weights
     FlowMatchEulerDiscreteScheduler(
@@ -617,7 +629,7 @@ def main():
     parser.add_argument("--go-on", action="store_true", help="start from the committed weights, not random")
     parser.add_argument("--work", type=Path, default=Path.home() / ".cache" / "emoji-flux",
                         help="checkpoints and downloaded artwork (default ~/.cache/emoji-flux)")
-    parser.add_argument("--lr", type=float, help="peak rate (default: flow 3e-3, guide 5e-4)")
+    parser.add_argument("--lr", type=float, help="peak rate (default: flow 3e-3, guide 1e-3)")
     parser.add_argument("--steps", type=int, help="training steps of the stage, instead of its own number")
     parser.add_argument("--n", type=int, default=50, help="images a thing in the report (default 50)")
     parser.add_argument("--seed", type=int, default=0, help="default 0")
