@@ -187,7 +187,7 @@ def test_guidance_is_distilled_into_the_model():
     def velocity(prompt, g):
         states, pooled = (e.expand(4, *e.shape) for e in embeds[prompt])
         with torch.no_grad():
-            return train.predict(transformer, z, torch.ones(4), states, pooled, torch.full((4,), g))
+            return train.predict(transformer, z, torch.ones(4), states, pooled, g)
 
     c, u = velocity("a cat on a blue background", 1.0), velocity("", 1.0)  # (B, L, D)
     for g in (2.0, 3.5, 5.0):  # a switch at g = 1, the same from there on, is what it must not learn

@@ -41,8 +41,9 @@ def arguments(given=None):
     recipe.add_argument("--batch", type=number(int), default=4, help="forget images a step, as many others")
     recipe.add_argument("--accumulate", type=number(int), default=1, help="split a batch into N passes")
     recipe.add_argument("--guidance", type=number(strict=False), default=1.0,
-                        help="of the forget half (default 1); the other has --sample-guidance")
-    recipe.add_argument("--noise", choices=["uniform", "logit-normal"], default="uniform", help="of sigma")
+                        help="in training (default 1: a guided prediction is not the target velocity)")
+    recipe.add_argument("--noise", choices=["uniform", "logit-normal"], default="logit-normal",
+                        help="distribution of sigma (default logit-normal)")
     sampling_flags(parser.add_argument_group("step 1 of Algorithm 1"))
     mask_flags(parser.add_argument_group("masks"))
     output = parser.add_argument_group("output")
@@ -86,14 +87,14 @@ def reference(transformer):
         transformer.enable_adapters()
 
 def predict(transformer, z, sigma, states, pooled, guidance):
-    """Packed z (B, L, D), sigma and guidance (B,), states (B, T, E), pooled (B, P) -> velocity (B, L, D)."""
+    """Velocity (B, L, D) of packed latents z (B, L, D) at sigma (B,); states (B, T, E), pooled (B, P)."""
     side = int(z.shape[1] ** 0.5)
     image_ids = FluxPipeline._prepare_latent_image_ids(1, side, side, z.device, z.dtype)  # (L, 3)
     text_ids = torch.zeros(states.shape[1], 3, device=z.device, dtype=z.dtype)  # (T, 3)
-    guidance = guidance if transformer.config.guidance_embeds else None  # (B,)
+    scale = torch.full_like(sigma, guidance) if transformer.config.guidance_embeds else None  # (B,)
     dtype = states.dtype
     return transformer(hidden_states=z.to(dtype), encoder_hidden_states=states, pooled_projections=pooled,
-                       timestep=sigma.to(dtype), guidance=guidance, txt_ids=text_ids, img_ids=image_ids,
+                       timestep=sigma.to(dtype), guidance=scale, txt_ids=text_ids, img_ids=image_ids,
                        return_dict=False)[0]  # (B, L, D)
 
 def iteration(transformer, x, mask, states, pooled, sigma, eps, args):
@@ -104,13 +105,9 @@ def iteration(transformer, x, mask, states, pooled, sigma, eps, args):
     """
     half = len(mask)
     z = add_noise(x, eps, sigma)  # (2B, L, D)
-    # forget where a prediction is a velocity: a guided one overshoots the target, and S can grow by more of
-    # that instead. Preserve where images are sampled
-    guidance = torch.full_like(sigma, args.sample_guidance)  # (2B,)
-    guidance[:half] = args.guidance
     with reference(transformer):  # first: with checkpointing, a backward needs the adapters as they were
-        v_ref = predict(transformer, z, sigma, states, pooled, guidance)  # (2B, L, D)
-    v = predict(transformer, z, sigma, states, pooled, guidance)  # (2B, L, D)
+        v_ref = predict(transformer, z, sigma, states, pooled, args.guidance)  # (2B, L, D)
+    v = predict(transformer, z, sigma, states, pooled, args.guidance)  # (2B, L, D)
     target = eps - x  # (2B, L, D)
     S = score(v[:half], target[:half], mask)  # (B,)
     S_ref = score(v_ref[:half], target[:half], mask)  # (B,)
@@ -155,9 +152,10 @@ def batch_of(step, forget, preserve, embeds, args, device):
     prompts = [forget[2][k] for k in i] + [preserve[1][k] for k in j]
     states, pooled = (torch.stack([embeds[p][k] for p in prompts]) for k in (0, 1))  # (2B, T, E), (2B, P)
     eps = torch.randn(x.shape, generator=rng)  # (2B, L, D)  eps ~ N(0, 1)
-    sigma = torch.rand(len(x), generator=rng)  # (2B,)  ~ U(0, 1), unshifted: the shift is the sampler's
-    if args.noise == "logit-normal":
+    if args.noise == "logit-normal":  # unshifted: the shift is the sampler's
         sigma = torch.randn(len(x), generator=rng).sigmoid()  # (2B,)
+    else:
+        sigma = torch.rand(len(x), generator=rng)  # (2B,)  ~ U(0, 1)
     for part in range(args.accumulate):  # the gate is per sample: a split batch has the same gradient
         mine = list(range(part, len(i), args.accumulate))
         rows = mine + [len(i) + k for k in mine if k < len(j)]
