@@ -14,21 +14,18 @@ import hashlib
 import json
 from pathlib import Path
 
-from sample import batch_flag, die, mask_flags, model_flags, number
+from sample import die, drawing_flags, mask_flags, model_flags, number
 
 def arguments(given=None):
     parser = argparse.ArgumentParser(description=__doc__)
-    model_flags(parser, needs_concept=False)
+    model_flags(parser, needs_concept=False, out="the frozen model's images go to OUT/before, for all LoRAs "
+                                                 "of the concept (default out/MODEL-CONCEPT)")
     parser.add_argument("--lora", type=Path, required=True, nargs="+",
                         help="LoRA folders, train.py's --out; several of one concept share what is before")
     parser.add_argument("--judge", help="a CLIP or a LLaVA (default: the model's clip/, else LLaVA-1.5)")
     parser.add_argument("--clip", help="of the CLIP score (default: the model's clip/, else OpenAI's B/32)")
-    parser.add_argument("--out", type=Path, help="the frozen model's images go to OUT/before, for all LoRAs "
-                                                 "of the concept (default out/MODEL-CONCEPT)")
     parser.add_argument("--n", type=number(int), default=100, help="images a figure (4.1: 100)")
-    parser.add_argument("--sample-steps", type=number(int), default=28, help="denoising steps (default 28)")
-    parser.add_argument("--sample-guidance", type=number(strict=False), default=3.5, help="default 3.5")
-    batch_flag(parser)
+    drawing_flags(parser)
     mask_flags(parser)
     return parser.parse_args(given)
 
@@ -42,7 +39,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 
 from mask import find_masks  # noqa: E402
 from sample import (check_set, contact_sheet, encode_prompts, guarded, load_denoiser,  # noqa: E402
-                    open_image, sample_set, setup, write_text)
+                    open_image, read_settings, sample_set, setup, write_text)
 
 def wilson(yes, n, z=1.96):
     """95 % interval of a rate, in percent."""
@@ -74,7 +71,7 @@ def clip_judge(name, device):
     def ask(images, phrases):
         yes = clip_scores(name, images, [f"a picture of {p}" for p in phrases], device)  # (N,)
         zero = clip_scores(name, images, ["a picture"] * len(images), device)  # (N,)
-        return (yes > zero).numpy()
+        return (yes > zero).numpy()  # (N,)
     return ask
 
 def llava_judge(name, device, dtype):
@@ -101,7 +98,7 @@ def llava_judge(name, device, dtype):
             with torch.no_grad():
                 logits = model(**inputs, logits_to_keep=1).logits[0, -1].float()  # (V,)
             found.append((logits[yes].logsumexp(0) > logits[no].logsumexp(0)).item())
-        return np.array(found)
+        return np.array(found)  # (N,)
     return ask
 
 def cycled(rows, n):
@@ -109,8 +106,7 @@ def cycled(rows, n):
     return [rows[i % len(rows)] for i in range(n)]
 
 def plan_images(concept, n, guidance):
-    """{set of images: (its prompts, in turn, guidance)}, {figure: (set, n lists of answers that are a yes)}.
-    """
+    """{set of images: (its prompts, guidance)}, {figure: (set, n lists of answers that are a yes)}."""
     target, unseen, unrelated = concept["concept"], concept["unseen"], concept["unrelated"]
     is_style = concept["task"] == "style"
 
@@ -187,7 +183,7 @@ def main(args):
         run = next((f for f in runs if f.exists()), None)
         if not (args.concept or run):
             die(f"--concept is missing, and {runs[0]} does not exist to read it from")
-        trained_on = json.loads(run.read_text())["settings"]["concept"] if run else args.concept
+        trained_on = read_settings(run, "give --concept")["concept"] if run else args.concept
         args.concept = args.concept or trained_on
         if args.concept != trained_on:
             die(f"--lora {folder}: has forgotten {trained_on}, not {args.concept}: evaluate it by itself")
@@ -204,6 +200,7 @@ def main(args):
     for k, folder in enumerate(args.lora):  # all of them now: what does not load is found before work starts
         try:
             pipe.load_lora_weights(folder, adapter_name=f"lora{k}")
+            pipe.set_adapters(f"lora{k}")  # fails where no key was the transformer's
         except Exception as error:  # a corrupt file, or the LoRA of another model: peft has many names for it
             die(f"--lora {folder}: does not load into {args.model}: {str(error).splitlines()[0]}")
     pipe.disable_lora()

@@ -9,6 +9,7 @@ dropped and counted, it never gets an empty or full mask.
 """
 import argparse
 from functools import partial
+from pickle import UnpicklingError
 
 from sample import mask_flags, model_flags
 
@@ -78,10 +79,7 @@ def detect(images, words, name, threshold, device):
 
 def detect_nudity(images, threshold):
     """The same by NudeNet's *_EXPOSED classes, at 640 px, where it also finds small people."""
-    try:
-        from nudenet import NudeDetector  # AGPL-3.0: an optional extra
-    except ImportError:
-        die("--concept nudity needs NudeNet for its masks: pip install nudenet")
+    from nudenet import NudeDetector  # AGPL-3.0: an optional extra, whose absence setup() refuses
     detector = NudeDetector(inference_resolution=640)
     found = []
     for image in tqdm(images, desc="detect"):
@@ -120,8 +118,11 @@ def find_masks(images, concept, args):
         yield from (fill(found, image.size) for found, image in zip(boxes, images))
         return
     load = torch.hub.load_state_dict_from_url if "://" in args.sam else torch.load
-    weights = load(args.sam, map_location="cpu", weights_only=True)
-    predictor = SamPredictor(load_sam(weights).to(args.device))  # fp32: SAM fails in bf16
+    try:
+        sam = load_sam(load(args.sam, map_location="cpu", weights_only=True))
+    except (KeyError, ValueError, RuntimeError, UnpicklingError) as error:  # cut short, or another network's
+        die(f"--sam {args.sam}: holds no SAM ({type(error).__name__})", 1)
+    predictor = SamPredictor(sam.to(args.device))  # fp32: SAM fails in bf16
     for found, image in zip(boxes, tqdm(images, desc="segment")):
         mask = np.zeros(image.size[::-1], bool)
         if len(found):
@@ -134,14 +135,15 @@ def check_masks(folder, concept, args):
     """Refuse masks that other settings have made -> the settings, and how to make the masks again."""
     again = f"delete {folder}/*.mask.png and masks.json to make them again"
     settings = dict(detect=concept["detect"], task=concept["task"], threshold=args.threshold,
-                    detector=args.detector, sam=args.sam)
+                    detector=args.detector, sam=args.sam, weights=args.weights)
     check_settings(folder / "masks.json", settings, f"{folder}/*.mask.png", again)
     return settings, again
 
 def make_masks(files, concept, args):
     """Write NAME.mask.png beside each image, and masks.png -> the files in which something was found."""
     settings, again = check_masks(files[0].parent, concept, args)
-    keep_settings(files[0].parent / "masks.json", settings)
+    if not (record := files[0].parent / "masks.json").exists():  # its commit is that of the first masks
+        keep_settings(record, settings)
     masks = {f: f.with_suffix(".mask.png") for f in files}
     images = {f: open_image(f) for f in files}
     todo = [f for f in files if not masks[f].exists()]

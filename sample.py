@@ -16,6 +16,7 @@ import sys
 import zlib
 from collections import Counter
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
@@ -34,43 +35,45 @@ def number(kind=float, least=0.0, strict=True, finite=True):
     def parse(text):
         value = kind(text)
         if not value >= least or (strict and value == least) or (finite and math.isinf(value)):
-            raise argparse.ArgumentTypeError(f"{text} is not {'>' if strict else '>='} {least:g} and finite")
+            limit = f"{'>' if strict else '>='} {least:g}" + " and finite" * finite
+            raise argparse.ArgumentTypeError(f"{text} is not {limit}")
         return value
     parse.__name__ = kind.__name__  # argparse then says "invalid float value: 'x'"
     return parse
 
-def model_flags(parser, needs_concept=True):
+def model_flags(parser, needs_concept=True, out="default out/MODEL-CONCEPT, with -SEED where it is not 0"):
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.error = die  # one line, without the usage
     parser.add_argument("--model", default="black-forest-labs/FLUX.1-dev",
                         help="a FluxPipeline: hub id or folder (default %(default)s)")
     parser.add_argument("--concept", required=needs_concept, help="the name of a prompt file")
+    parser.add_argument("--out", type=Path, help=out)
     parser.add_argument("--seed", type=int, default=0, help="default 0")
     parser.add_argument("--device", choices=["cpu", "cuda", "mps"], help="default: cuda where there is one")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on cuda")
 
-def sampling_flags(parser):
+def drawing_flags(parser):
     parser.add_argument("--size", type=number(int), help="pixels a side (default: the VAE's sample_size)")
-    parser.add_argument("--n-forget", type=number(int), default=50, help="N_ES, unstated (default 50)")
-    parser.add_argument("--n-preserve", type=number(int), default=25, help="images a concept (C.1: 25)")
     parser.add_argument("--sample-steps", type=number(int), default=28, help="denoising steps (default 28)")
     parser.add_argument("--sample-guidance", type=number(strict=False), default=3.5, help="default 3.5")
-    batch_flag(parser)
-
-def batch_flag(parser):
     parser.add_argument("--sample-batch", type=number(int), help="images at once (default: 5 megapixels)")
+
+def sampling_flags(parser):
+    parser.add_argument("--n-forget", type=number(int), default=50, help="N_ES, unstated (default 50)")
+    parser.add_argument("--n-preserve", type=number(int), default=25, help="images a concept (C.1: 25)")
+    drawing_flags(parser)
 
 def mask_flags(parser):
     parser.add_argument("--detector", help="OWLv2 or GroundingDINO (default: the model's own, else OWLv2)")
     parser.add_argument("--sam", help="a .pth, file or URL (default: the model's own, else SAM's ViT-H)")
-    parser.add_argument("--threshold", type=float, default=0.2, help="least score of a box (default 0.2)")
-    parser.add_argument("--min-found", type=float, default=0.5, help="least share with a mask (default 0.5)")
+    share = number(strict=False)
+    parser.add_argument("--threshold", type=share, default=0.2, help="least score of a box (default 0.2)")
+    parser.add_argument("--min-found", type=share, default=0.5, help="least share with a mask (default 0.5)")
 
 def arguments(given=None):
     parser = argparse.ArgumentParser(description=__doc__)
     model_flags(parser)
     sampling_flags(parser)
-    parser.add_argument("--out", type=Path, help="default out/MODEL-CONCEPT, with -SEED where it is not 0")
     return parser.parse_args(given)
 
 ARGS = arguments() if __name__ == "__main__" else None  # before the slow imports: --help answers at once
@@ -79,18 +82,23 @@ if not {"-h", "--help"} & set(sys.argv):  # the other scripts import their flags
     import torch
     from diffusers import FluxPipeline
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+    from huggingface_hub.errors import (GatedRepoError, HfHubHTTPError, HFValidationError,
+                                        RepositoryNotFoundError)
     from PIL import Image, ImageDraw
+    from safetensors import SafetensorError
     from tqdm import tqdm
 
 # the one filter of everything that is ever generated; "kidney", "kidding", "girlfriend" and "cowboy" pass
+YOUNG = ("([1-9]|1[0-7]|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|thirteen|fourteen"
+         "|fifteen|sixteen|seventeen)")
 MINORS = re.compile(
-    r"\b(child(ren|hood|like)?|kid(s|do|dos)?|(school)?(girl|boy)s?|(pre)?teen(s|aged?|agers?)?|bab(y|ies)"
-    r"|infants?|toddlers?|newborns?|minors|underaged?|juveniles?|adolescents?|youngsters?|loli(s|con)?"
-    r"|shota(s|con)?|kindergart\w+|preschool\w*|(elementary|primary|middle|high) school\w*"
-    r"|(ages?|aged)( of)?:? *([1-9]|1[0-7])|([1-9]|1[0-7]) *-? *(y/?o|(year|yr)s?([ -]*olds?)?)"
-    r"|(one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|thirteen|fourteen|fifteen|sixteen"
-    r"|seventeen)[ -]years?[ -]olds?)\b", re.IGNORECASE)
+    r"\b(\w*child(ren|hood|like|ish)?|(school)?kid(s|do|dos|dies?)?|(school)?(girl|boy)s?"
+    r"|(pre)?teen(s|aged?|agers?)?|tweens?|bab(y|ies)|infants?|toddlers?|newborns?|an? minor|minors"
+    r"|under[- ]?(aged?|18)|juveniles?|adolescents?|youngsters?|loli(s|con|tas?)?|shota(s|con)?"
+    r"|kindergart\w+|preschool\w*|(elementary|primary|middle|high)[- ]school\w*"
+    rf"|(ages?|aged)( of)?:? *{YOUNG}"
+    rf"|{YOUNG}[ -]*(y/?o|y\.o\.|(years?|yrs?|months?)[ -]*(olds?|of age)|years?|yrs?))(?!\w)",
+    re.IGNORECASE)
 
 def guarded(main, args):
     """main(args), where what goes wrong during work becomes one line that says how to go on."""
@@ -99,7 +107,7 @@ def guarded(main, args):
         main(args)
     except KeyboardInterrupt:
         die(f"interrupted; {go_on}", 130)
-    except (OSError, RuntimeError) as error:  # a full disk, a folder that cannot be written, out of memory
+    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk, a folder, out of memory
         die(f"{(str(error).strip() or type(error).__name__).splitlines()[0]}; {go_on}", 1)
 
 def allowed(prompts, what):
@@ -116,8 +124,12 @@ def load_concept(model, name):
     if name not in known:
         die(f"--concept {name}: known are {', '.join(known)}; for another write {path} "
             "(README: a concept is a file)")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        die(f"{path}: is not UTF-8 text")
     found, section = dict(name=name), None
-    for line in filter(None, map(str.strip, path.read_text(encoding="utf-8").splitlines())):
+    for line in filter(None, map(str.strip, lines)):
         if line.startswith("["):
             section = found.setdefault(line.strip("[]"), [])
         elif section is not None:
@@ -134,21 +146,38 @@ def load_concept(model, name):
         die(f"{path}: task is {found['task']}, not object, ip, style or nsfw")
     return found
 
+def fingerprint(paths):
+    """A checksum of the ends of weight files: 24 GB need not be read to tell them from others."""
+    found = 0
+    for path in paths:
+        with open(path, "rb") as file:
+            file.seek(max(0, path.stat().st_size - 65536))
+            found = zlib.crc32(file.read(), found)
+    return f"{found:08x}"
+
 def check_model(model, device, dtype, size=None):
-    """Refuse, in this order: not here and no network; no licence; does not fit; size -> pixels a side.
+    """Refuse, in this order: not here and no network; no licence; does not fit; size -> pixels a side, and
+    what tells the weights from others of the same name.
     No weights are downloaded. What must fit is the largest of their folders: stages load one at a time."""
     def refuse(why):
         die(f"--model {model}: {why}; what runs here: python train.py --model emoji-flux --concept cat")
 
-    try:
-        folder = Path(model if Path(model).is_dir() else snapshot_download(model, local_files_only=True))
-    except (OSError, HFValidationError):
-        folder = None
+    here, folder = Path(model).is_dir(), Path(model)
+    if not here:
+        try:  # the pipeline's own folders: a download leaves out what lies beside them
+            wanted = ["model_index.json", "*/*"]
+            folder = Path(snapshot_download(model, local_files_only=True, allow_patterns=wanted))
+        except (OSError, HFValidationError):
+            folder = None
+        if folder and not (folder / "model_index.json").exists():  # an earlier check left its config there
+            folder = None
     if folder:
         index, config = folder / "model_index.json", folder / "vae" / "config.json"
         if not index.exists() or "FluxPipeline" not in index.read_text():
             refuse(f"{folder} holds no FluxPipeline (model_index.json)")
-        files = {p.relative_to(folder).as_posix(): p.stat().st_size for p in folder.glob("*/*.safetensors")}
+        paths = sorted(folder.glob("*/*.safetensors"))
+        files = {p.relative_to(folder).as_posix(): p.stat().st_size for p in paths}
+        weights = fingerprint(paths + sorted(folder.glob("*.pth"))) if here else folder.name  # its commit
     else:
         try:
             info = HfApi().model_info(model, files_metadata=True, timeout=10)
@@ -158,11 +187,14 @@ def check_model(model, device, dtype, size=None):
             refuse(f"accept its licence on https://huggingface.co/{model}, then hf auth login")
         except (RepositoryNotFoundError, HFValidationError):
             refuse("neither a folder here nor a model on the hub")
+        except HfHubHTTPError as error:  # a token that has expired, say
+            refuse(f"the hub refuses it: {str(error).strip().splitlines()[0]}")
         except Exception as error:  # every HTTP stack has a class of its own for "no network"
             refuse(f"no folder here, not cached, and the hub cannot be reached ({type(error).__name__}): "
                    "connect, or pass a folder")
         files = {f.rfilename: f.size for f in info.siblings
                  if re.fullmatch(r"[^/]+/[^/]+\.safetensors", f.rfilename)}
+        weights = info.sha
     if not files or not config.exists():
         refuse("has no */*.safetensors or no vae/config.json")
     need = Counter()
@@ -177,18 +209,22 @@ def check_model(model, device, dtype, size=None):
     size, step = size or vae["sample_size"], 2 * 2 ** (len(vae["block_out_channels"]) - 1)
     if size % step:
         die(f"--size {size}: must be a multiple of {step}, the VAE's factor times FLUX's 2 x 2 packing")
-    return size
+    return size, weights
 
 def setup(args):
     """Fill in what the flags left open, refuse what cannot work before anything is written -> the concept."""
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if args.device != "cpu" and not getattr(torch, args.device).is_available():
+        die(f"--device {args.device}: there is none here")
     args.dtype = getattr(torch, args.dtype or ("bfloat16" if args.device == "cuda" else "float32"))
     concept = load_concept(args.model, args.concept)
-    args.size = check_model(args.model, args.device, args.dtype, getattr(args, "size", None))
+    if "detector" in args and concept["detect"] == ["nudenet"] and not find_spec("nudenet"):
+        die(f"--concept {args.concept} needs NudeNet for its masks: pip install nudenet")
+    args.size, args.weights = check_model(args.model, args.device, args.dtype, getattr(args, "size", None))
     if "sample_batch" in args:  # 5 at 1024 pixels a side, more at less
         args.sample_batch = args.sample_batch or max(1, min(25, 5 * 1024**2 // args.size**2))
     seed = f"-{args.seed}" if args.seed else ""
-    args.out = getattr(args, "out", None) or Path("out") / f"{Path(args.model).name}-{args.concept}{seed}"
+    args.out = args.out or Path("out") / f"{Path(args.model).name}-{args.concept}{seed}"
     there = next(p for p in (args.out, *args.out.absolute().parents) if p.exists())
     if not (there.is_dir() and os.access(there, os.W_OK)):
         die(f"--out {args.out}: {there} is no folder that can be written to")
@@ -199,10 +235,16 @@ def setup(args):
             print(f"{flag}: {getattr(args, flag)}")
     return concept
 
+def read_settings(path, instead):
+    try:
+        return json.loads(path.read_text())["settings"]
+    except (ValueError, KeyError, TypeError):
+        die(f"{path}: cannot be read: {instead}")
+
 def check_settings(path, settings, what, instead="use another --out"):
     """Refuse a json file that other settings have written; writes nothing."""
     if path.exists():
-        made = json.loads(path.read_text())["settings"]
+        made = read_settings(path, instead)
         settings = json.loads(json.dumps(settings, default=str))  # as the file has them
         for key in sorted(settings.keys() | made.keys()):
             if made.get(key) != settings.get(key):
@@ -219,7 +261,7 @@ def keep_settings(path, settings):
 @contextlib.contextmanager
 def whole(path):
     """Another name to write to, renamed at the end: neither a kill nor a full disk leaves half a file."""
-    half = path.with_suffix(".tmp")
+    half = path.with_suffix(f".{os.getpid()}.tmp")  # two evaluations may share a folder
     try:
         yield half
         os.replace(half, path)
@@ -235,14 +277,14 @@ def save_image(image, path):
         image.save(half, format="PNG")
 
 def open_image(path, size=None):
-    """An image as RGB, a mask as L; a corrupt one, or one of another (width, height) than size, is named."""
+    """An image as RGB, a mask as L; a corrupt one, or one of another (width, height), is named."""
     try:
         with Image.open(path) as image:
             image = image.convert("L" if path.name.endswith(".mask.png") else "RGB")
-    except OSError:
+    except (OSError, SyntaxError, ValueError):  # PIL has many names for it
         die(f"{path}: cannot be read; delete it and run the same command again", 1)
     if size and image.size != size:
-        die(f"{path}: is {image.size}, its image {size}; delete it and run the same command again", 1)
+        die(f"{path}: is {image.size}, not {size}; delete it and run the same command again", 1)
     return image
 
 def contact_sheet(images, path, columns=10, side=96, titles=()):
@@ -283,16 +325,17 @@ def seed_of(seed, concept, index):
 def generate(pipe, embeds, prompts, seeds, steps, guidance, size):
     """One batch -> list of PIL images, each a function of its own prompt and seed but for rounding."""
     device = pipe.transformer.device
-    states, pooled = (torch.stack([embeds[p][k] for p in prompts]).to(device) for k in (0, 1))
+    states, pooled = (torch.stack([embeds[p][k] for p in prompts]) for k in (0, 1))  # (B, T, E), (B, P)
+    states, pooled = states.to(device), pooled.to(device)
     noise = [torch.Generator().manual_seed(s) for s in seeds]
     return pipe(prompt_embeds=states, pooled_prompt_embeds=pooled, generator=noise, num_inference_steps=steps,
                 guidance_scale=guidance, height=size, width=size).images
 
 def check_set(folder, concept, prompts, args, **made_by):
     """Refuse a folder of images that other settings have made -> the settings."""
-    settings = dict(model=args.model, concept=concept, prompts=prompts, seed=args.seed, size=args.size,
-                    group=args.sample_batch, steps=args.sample_steps, guidance=args.sample_guidance,
-                    dtype=args.dtype, **made_by)
+    settings = dict(model=args.model, weights=args.weights, concept=concept, prompts=prompts, seed=args.seed,
+                    size=args.size, group=args.sample_batch, steps=args.sample_steps,
+                    guidance=args.sample_guidance, dtype=args.dtype, **made_by)
     check_settings(folder / "settings.json", settings, folder, f"use another --out, or delete {folder}")
     return settings
 
@@ -308,7 +351,8 @@ def sample_set(pipe, embeds, folder, concept, prompts, count, args, **made_by):
     group = args.sample_batch
     rows = [(folder / f"{i:03}.png", prompts[i % len(prompts)], seed_of(args.seed, concept, i))
             for i in range(-(-count // group) * group)]
-    manifest = [dict(file=f.name, prompt=p, seed=s) for f, p, s in rows[:count]]
+    manifest = [dict(file=f.name, prompt=p, seed=s, model=args.model, size=args.size)
+                for f, p, s in rows[:count]]
     write_text(folder / "manifest.json", json.dumps(manifest, indent=1))
     missing = [first for first in range(0, count, group)
                if not all(f.exists() for f, _, _ in rows[first:min(first + group, count)])]

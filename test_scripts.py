@@ -19,7 +19,7 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from segment_anything import sam_model_registry
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (BertConfig, BertTokenizer, CLIPImageProcessor, CLIPVisionConfig,
@@ -98,7 +98,8 @@ def test_help_answers_at_once(script):
     ("--tau nan", "--tau"), ("--steps 0", "--steps"), ("--batch 0", "--batch"), ("--rank 0", "--rank"),
     ("--size 60", "--size"), ("--accumulate 3", "--accumulate"), ("--concept kat", "kat"),
     ("--model docs", "FluxPipeline"), ("--lambda-prior -1", "--lambda-prior"), ("--eta one", "--eta"),
-    ("--out LICENSE/cat", "--out")])
+    ("--out LICENSE/cat", "--out"), ("--threshold nan", "--threshold"), ("--batch 60", "--n-forget 10"),
+    ("--device mps", "--device")])
 def test_bad_input_is_one_line_and_writes_nothing(flags, named, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     line = refusal(lambda: run_train(tmp_path / "out", *flags.split()), capsys)
@@ -150,7 +151,9 @@ def test_too_large_a_model_is_refused_with_both_figures(monkeypatch, capsys):
 
 @pytest.mark.parametrize("prompt", [
     "a child in a park", "two kids", "a girl with a cat", "Boys playing", "teenagers", "a 15 year old",
-    "aged 12", "a ten-year-old", "a toddler", "a 9yo", "a 16-year-old student", "a schoolgirl", "a baby"])
+    "aged 12", "a ten-year-old", "a toddler", "a 9yo", "a 16-year-old student", "a schoolgirl", "a baby",
+    "schoolchildren", "a grandchild", "a schoolkid", "a minor", "under 18", "aged fifteen", "tweens",
+    "a 7 y.o.", "fifteen years of age", "an underage one", "a 6-month-old", "high-school students"])
 def test_filter_drops_minors(prompt):
     assert sample.allowed([prompt, "a cat"], "test") == ["a cat"]
 
@@ -198,8 +201,8 @@ def test_guidance_is_distilled_into_the_model():
 # -------------------------------------------------------------------------------- sampling and masks
 
 def test_more_images_never_change_the_earlier_ones(tmp_path):
-    args = Namespace(model=EMOJI, seed=0, size=64, sample_steps=3, sample_guidance=3.5, sample_batch=5,
-                     dtype=torch.float32)
+    args = Namespace(model=EMOJI, weights="", seed=0, size=64, sample_steps=3, sample_guidance=3.5,
+                     sample_batch=5, dtype=torch.float32)
     prompts = ["a cat", "a dog on a blue background"]
     embeds = sample.encode_prompts(EMOJI, prompts, "cpu", torch.float32)
     pipe = sample.load_denoiser(EMOJI, "cpu", torch.float32)
@@ -219,7 +222,7 @@ def test_more_images_never_change_the_earlier_ones(tmp_path):
 
 
 def mask_args(tmp_path, **more):
-    return Namespace(**dict(model=EMOJI, out=tmp_path, device="cpu", threshold=0.2, min_found=0.5,
+    return Namespace(**dict(model=EMOJI, weights="", out=tmp_path, device="cpu", threshold=0.2, min_found=0.5,
                             detector=EMOJI + "/detector", sam=EMOJI + "/sam.pth") | more)
 
 
@@ -301,9 +304,17 @@ def test_grounding_dino_goes_through_the_same_code(tmp_path):
     assert mask.detect(images, ["a cat"], str(tmp_path), 1.0, "cpu")[0].shape == (0, 4)
 
 
+def test_foreign_sam_is_one_line(tmp_path, capsys):
+    torch.save(dict(weight=torch.zeros(3)), tmp_path / "sam.pth")
+    cat, image = sample.load_concept(EMOJI, "cat"), scene_image(["cat"])[0]
+    foreign = mask_args(tmp_path, sam=str(tmp_path / "sam.pth"))
+    assert "holds no SAM" in refusal(lambda: list(mask.find_masks([image], cat, foreign)), capsys, 1)
+
+
 def test_nudity_masks_without_nudenet_say_how_to_get_it(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "nudenet", None)
-    assert "pip install nudenet" in refusal(lambda: mask.detect_nudity([], 0.2), capsys)
+    flags = mask.arguments(["--concept", "nudity", "--device", "cpu"])
+    assert "pip install nudenet" in refusal(lambda: sample.setup(flags), capsys)
 
 
 # -------------------------------------------------------------------------------- training
@@ -383,10 +394,8 @@ def test_checkpoint_that_is_cut_short_or_foreign_is_refused(tmp_path, capsys, co
 def test_corrupt_image_is_named(trained, tmp_path, capsys):
     out = tmp_path / "cat"
     shutil.copytree(trained, out)
-    args = json.loads((out / "args.json").read_text())["settings"]
     picture = next((out / "preserve").glob("*/000.png"))
     picture.write_bytes(picture.read_bytes()[:100])
-    assert args["concept"] == "cat"
     assert str(picture) in refusal(lambda: run_train(out, "--save-every", "6"), capsys, 1)
 
 
@@ -410,6 +419,18 @@ def test_folder_of_other_settings_is_refused(trained, capsys):
     assert "eta = 1.0, not 2.0" in refusal(lambda: run_train(trained, "--eta", "2"), capsys)
 
 
+def test_images_of_other_weights_are_refused(trained, tmp_path, capsys):
+    shutil.copytree(EMOJI, model := tmp_path / "model", ignore=shutil.ignore_patterns("loras"))
+    shutil.copytree(trained, out := tmp_path / "cat")
+    (out / "checkpoint.pt").unlink()
+    for record in out.rglob("*.json"):  # as if they had been made with the model of that name
+        record.write_text(record.read_text().replace(EMOJI, str(model)))
+    with open(next((model / "transformer").glob("*.safetensors")), "r+b") as file:
+        file.seek(-4, 2)
+        file.write(b"else")
+    assert "weights = " in refusal(lambda: run_train(out, "--model", str(model)), capsys)
+
+
 def test_images_and_masks_of_other_settings_are_refused_and_nothing_is_written(trained, tmp_path, capsys):
     shutil.copytree(trained, out := tmp_path / "cat")
     (out / "checkpoint.pt").unlink()
@@ -419,21 +440,23 @@ def test_images_and_masks_of_other_settings_are_refused_and_nothing_is_written(t
         assert (out / "args.json").read_bytes() == record
 
 
-def test_split_batch_has_the_same_gradient(trained):
+def test_split_batch_and_checkpointing_have_the_same_gradient(trained):
     args = train.arguments(["--model", EMOJI, "--concept", "cat", "--out", str(trained), *SMALL])
     concept = sample.setup(args)
     vars(args).update(train.TABLE6["object"])
     files = sorted(p for p in (trained / "forget").glob("*.png") if not p.name.endswith(".mask.png"))[:5]
     embeds = sample.encode_prompts(EMOJI, ["a cat"], "cpu", torch.float32)
     pipe = sample.load_denoiser(EMOJI, "cpu", torch.float32)
-    x, _ = train.encode_images(pipe, files)
+    x, _ = train.encode_images(pipe, files, 64)
     forget, preserve = (x, torch.ones_like(x), ["a cat"] * 5), (x, ["a cat"] * 5)
     train.add_lora(pipe.transformer, 4, seed=0)
     for p in pipe.transformer.parameters():  # away from dS = 0
         if p.requires_grad:
             torch.nn.init.normal_(p, std=0.05, generator=torch.Generator().manual_seed(p.numel()))
     gradients = []
-    for args.accumulate in (1, 2, 4):
+    for args.accumulate in (1, 2, 4, 1):
+        if len(gradients) == 3:  # adapters that were off for the reference must not confuse what is recomputed
+            pipe.transformer.enable_gradient_checkpointing()
         for part in train.batch_of(0, forget, preserve, embeds, args, "cpu"):
             (train.iteration(pipe.transformer, *part, args)[0] / args.accumulate).backward()
         lora = [p for p in pipe.transformer.parameters() if p.requires_grad]
@@ -509,11 +532,16 @@ def test_several_loras_of_one_concept_share_what_is_before(trained, tmp_path, ca
         assert "has forgotten cat, not dog" in line
 
 
-def test_corrupt_or_missing_lora_is_one_line(tmp_path, capsys):
+def test_corrupt_foreign_or_missing_lora_is_one_line(tmp_path, capsys):
     ask = ["--model", EMOJI, "--concept", "cat", "--lora", str(tmp_path), *FEW]
     assert "holds no" in refusal(lambda: evaluate.main(evaluate.arguments(ask)), capsys)
     (tmp_path / WEIGHTS).write_bytes(b"12345678 not safetensors")
     assert "does not load" in refusal(lambda: evaluate.main(evaluate.arguments(ask)), capsys)
+    save_file({"unet.down.lora_A.weight": torch.zeros(4, 8)}, tmp_path / WEIGHTS)
+    assert "does not load" in refusal(lambda: evaluate.main(evaluate.arguments(ask)), capsys)
+    (tmp_path / "args.json").write_text("{")
+    ask = ask[:2] + ask[4:]  # without --concept
+    assert "args.json: cannot be read" in refusal(lambda: evaluate.main(evaluate.arguments(ask)), capsys)
 
 
 def test_wilson_interval():

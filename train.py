@@ -40,6 +40,7 @@ def arguments(given=None):
     recipe.add_argument("--rank", type=number(int), default=4, help="of the LoRA, alpha = rank (C.1: 4)")
     recipe.add_argument("--batch", type=number(int), default=4, help="forget images a step, as many others")
     recipe.add_argument("--accumulate", type=number(int), default=1, help="split a batch into N passes")
+    recipe.add_argument("--checkpointing", action="store_true", help="recompute activations: less memory")
     recipe.add_argument("--guidance", type=number(strict=False), default=1.0,
                         help="in training (default 1: a guided prediction is not the target velocity)")
     recipe.add_argument("--noise", choices=["uniform", "logit-normal"], default="logit-normal",
@@ -47,7 +48,6 @@ def arguments(given=None):
     sampling_flags(parser.add_argument_group("step 1 of Algorithm 1"))
     mask_flags(parser.add_argument_group("masks"))
     output = parser.add_argument_group("output")
-    output.add_argument("--out", type=Path, help="default out/MODEL-CONCEPT, with -SEED where it is not 0")
     output.add_argument("--save-every", type=number(int), help="keep the LoRA of every N-th step (Figure 1)")
     output.add_argument("--checkpoint-every", type=number(int), default=50, help="default 50")
     return parser.parse_args(given)
@@ -62,6 +62,7 @@ import torch  # noqa: E402
 from diffusers import FluxPipeline  # noqa: E402
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE  # noqa: E402
 from diffusers.training_utils import cast_training_params  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict  # noqa: E402
 from prodigyopt import Prodigy  # noqa: E402
 from tqdm import tqdm  # noqa: E402
@@ -123,14 +124,14 @@ def iteration(transformer, x, mask, states, pooled, sigma, eps, args):
     return loss, dict(S=S.detach(), S_ref=S_ref, dS=dS.detach(), alpha=alpha, prior=prior.detach(),
                       sigma=sigma[:half])
 
-def encode_images(pipe, files, masks=None):
+def encode_images(pipe, files, size, masks=None):
     """Image files -> packed latents (N, L, D) and, from mask files, packed masks (N, L, D) in {0, 1}."""
     vae, xs, ms = pipe.vae, [], []
     for n, file in enumerate(tqdm(files, desc="encode images")):
-        image = open_image(file)
+        image = open_image(file, (size, size))
         pixels = pipe.image_processor.preprocess(image).to(vae.device, vae.dtype)  # (1, 3, Y, X) in [-1, 1]
         with torch.no_grad():
-            x = vae.encode(pixels).latent_dist.mode().float().cpu()
+            x = vae.encode(pixels).latent_dist.mode().float().cpu()  # (1, C, H, W)
         x = (x - vae.config.shift_factor) * vae.config.scaling_factor  # (1, C, H, W)
         xs.append(FluxPipeline._pack_latents(x, *x.shape))
         if masks:
@@ -180,6 +181,8 @@ def add_lora(transformer, rank, seed):
 def train(transformer, forget, preserve, embeds, args):
     """The loop. LoRA and optimiser state go to checkpoint.pt, one row a step to log.csv."""
     params = add_lora(transformer, args.rank, args.seed)
+    if args.checkpointing:
+        transformer.enable_gradient_checkpointing()
     if args.optimizer == "prodigy":
         optimizer = Prodigy(params, lr=args.lr, betas=(0.9, 0.999), weight_decay=1e-4, decouple=True,
                             d0=args.d0, use_bias_correction=True, safeguard_warmup=True)
@@ -194,11 +197,11 @@ def train(transformer, forget, preserve, embeds, args):
             start, rows = state["step"], state["rows"]
         except Exception:  # cut short or foreign: torch has many names for it
             die(f"{checkpoint}: cannot be read; delete it to train from step 0", 1)
-    stop = f"{checkpoint} holds the last good state: lower --lr or --eta and use another --out"
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc="train")
     for step in bar:
-        tick = time.perf_counter()
-        seen = []
+        tick, seen = time.perf_counter(), []
+        stop = (f"{checkpoint} holds the last good state" if checkpoint.exists() else "nothing was saved yet"
+                ) + ": lower --lr or --eta and use another --out"
         for part in batch_of(step, forget, preserve, embeds, args, transformer.device):
             try:
                 loss, info = iteration(transformer, *part, args)
@@ -231,10 +234,8 @@ def train(transformer, forget, preserve, embeds, args):
     return rows
 
 def draw_curves(rows, path):
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(2, 3, figsize=(12, 6), layout="constrained")
+    figure = Figure((12, 6), layout="constrained")
+    axes = figure.subplots(2, 3)
     step = [r["step"] for r in rows]
     for axis, keys in zip(axes.flat, ["loss", "S S_ref", "dS alpha", "prior", "grad_norm d_lr"]):
         for key in keys.split():
@@ -270,13 +271,18 @@ def main(args):
             setattr(args, key, value)
     if args.batch % args.accumulate:
         die(f"--accumulate {args.accumulate} does not divide --batch {args.batch}")
-    apart = ("out", "device", "save_every", "checkpoint_every", "min_found")  # what a resumed run may change
+    if args.batch > min(args.n_forget, 8 * args.n_preserve):
+        die(f"--batch {args.batch}: above --n-forget {args.n_forget} or 8 x --n-preserve {args.n_preserve}")
+    # what a resumed run may change
+    apart = "out device save_every checkpoint_every checkpointing min_found".split()
     settings = {k: v for k, v in vars(args).items() if k not in apart}
-    if (args.out / "checkpoint.pt").exists():  # until then images and masks stand by their own records
+    resumed = (args.out / "checkpoint.pt").exists()  # until then images and masks stand by their own records
+    if resumed:
         check_settings(args.out / "args.json", settings, f"--out {args.out}")
     sets = plan_sets(concept, args)
     check_masks(args.out / "forget", concept, args)
-    keep_settings(args.out / "args.json", settings)
+    if not resumed:  # its versions and commit are those of the first step
+        keep_settings(args.out / "args.json", settings)
     groups = dict(target=concept["eval"], neighbours=concept["neighbours"], unrelated=concept["unrelated"])
     if concept["task"] != "style":
         partners = concept["unrelated"] + concept["unseen"]
@@ -289,11 +295,14 @@ def main(args):
     kept = make_masks([file for file, _ in forget_set], concept, args)
     if len(kept) < args.batch:
         die(f"only {len(kept)} forget images have a mask, under --batch {args.batch}: raise --n-forget", 1)
-    x, mask = encode_images(pipe, kept, [file.with_suffix(".mask.png") for file in kept])
+    x, mask = encode_images(pipe, kept, args.size, [file.with_suffix(".mask.png") for file in kept])
     mask = torch.ones_like(mask) if args.mask == "full" else mask  # (N, L, D)
     forget = x, mask, [dict(forget_set)[file] for file in kept]
-    preserve = encode_images(pipe, [file for file, _ in preserve_set])[0], [text for _, text in preserve_set]
+    files, texts = zip(*preserve_set)
+    preserve = encode_images(pipe, files, args.size)[0], texts
+    pipe.vae.to("cpu")  # makes room for training
     rows = train(pipe.transformer, forget, preserve, embeds, args)  # Algorithm 1, lines 2 to 6
+    pipe.vae.to(args.device)
     draw_curves(rows, args.out / "curves.png")
     draw_before_after(pipe, embeds, groups, args.out / "before_after.png", args)
     print(f"{args.out}: dS {rows[-1]['dS']:.2f}; look at before_after.png and curves.png")

@@ -144,6 +144,8 @@ def fit(stage, model, loss_of, steps, args, lr, warmup=200, ema=0.999, save=None
         for optimizer, known in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(known)
         start, spent = state["step"], state["seconds"]
+        if args.go_on and start >= steps:
+            sys.exit(f"{path}: is complete; delete it to go on from the committed weights")
     model.train()
     clock = saved = time.time()
     running = None
@@ -227,6 +229,8 @@ def train_vae(args):
     vae.register_to_config(shift_factor=z.mean().item(), scaling_factor=1 / z.std().item())
     print(f"shift {vae.config.shift_factor:.4f} scale {vae.config.scaling_factor:.4f}")
     write(vae, "vae")
+    for path in args.work.glob("latents*.pt"):
+        path.unlink()  # another VAE's
 
 def make_tokenizers():
     """Both of FLUX's tokenizers with one token a word: a T5 unigram model and a CLIP byte-pair model."""
@@ -275,7 +279,7 @@ IS_THING = np.s_[:, :len(world.NAMES)]  # the columns of answers that are about 
 IS_STYLE = np.s_[:, len(world.NAMES):len(world.NAMES) + len(world.STYLES)]
 
 def answers(scene):
-    """-> float32 (71,), 1 where a question is true of the scene."""
+    """-> float32 (69,), 1 where a question is true of the scene."""
     true = {world.phrase(n) for n in scene["names"]} | {world.phrase(scene["background"]) + " background"}
     if scene["names"]:  # an empty scene shows no style
         true.add(f"{scene['style']} style")
@@ -301,12 +305,12 @@ def worn_scenes(rng, batch, faint, share):
 def clip_loss(clip, rng, batch=32):
     """Sigmoid loss on every question's margin over "a picture", and a contrastive loss on whole captions."""
     scenes, x = worn_scenes(rng, batch, faint=0.4, share=0.25)  # (B, 3, 64, 64)
-    tokens = token_ids(fit.tokenizer, ASKED + [world.caption(s, rng) for s in scenes])  # (72 + B, T)
-    text = F.normalize(clip.get_text_features(tokens).pooler_output.float(), dim=-1)  # (72 + B, 64)
+    tokens = token_ids(fit.tokenizer, ASKED + [world.caption(s, rng) for s in scenes])  # (70 + B, T)
+    text = F.normalize(clip.get_text_features(tokens).pooler_output.float(), dim=-1)  # (70 + B, 64)
     image = F.normalize(clip.get_image_features(x).pooler_output.float(), dim=-1)  # (B, 64)
-    similarity = clip.logit_scale.exp() * image @ text.T  # (B, 72 + B)
-    about, zero, per_caption = similarity.split([len(QUESTIONS), 1, batch], dim=1)  # (B, 71), (B, 1), (B, B)
-    truth = torch.from_numpy(np.stack([answers(s) for s in scenes]))  # (B, 71)
+    similarity = clip.logit_scale.exp() * image @ text.T  # (B, 70 + B)
+    about, zero, per_caption = similarity.split([len(QUESTIONS), 1, batch], dim=1)  # (B, 69), (B, 1), (B, B)
+    truth = torch.from_numpy(np.stack([answers(s) for s in scenes]))  # (B, 69)
     target = torch.arange(batch)  # (B,)
     contrast = (F.cross_entropy(per_caption, target) + F.cross_entropy(per_caption.T, target)) / 2
     rare = torch.tensor(4.0)  # a question is true of one scene in forty
@@ -475,7 +479,7 @@ def flow_loss(flow, rng, batch=32):
 
 def guide_loss(flow, rng, batch=16):
     """Distil the teacher's u + g (c - u), of its own conditional c and unconditional u, into the guidance
-    embedding: each sample at two g ~ U(1, 5), so that the difference that g makes is in every batch. Where
+    embedding: each sample at two g ~ U(1, 5), or at times 1, so that what g changes is in every batch. Where
     half of the samples had g = 1 and the plain target, the network learned a switch at that one value."""
     scenes, _, noisy, sigma, _ = noisy_scenes(rng, batch)
     said = said_of(scenes, rng)
@@ -514,6 +518,7 @@ def train_flow(args, stage="flow"):
     with sdpa_kernel(SDPBackend.MATH):  # for heads this small flash attention's backward is 40 % of a step
         flow = fit(stage, flow, loss, args.steps or steps, args, args.lr or lr, ema=0.998, save=save_flow)
     save_flow(flow)
+    (args.work / "teacher.pt").unlink(missing_ok=True)  # the next one is what has just been learned
     # what FluxPipeline.from_pretrained needs beside the weights
     FlowMatchEulerDiscreteScheduler(
         shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=256,
@@ -590,8 +595,8 @@ def report_pipeline(rng, n, dtype):
             noise = [torch.Generator().manual_seed(10**6 + k + j) for j in range(len(batch))]
             images += pipe(batch, num_inference_steps=28, guidance_scale=3.5, height=64, width=64,
                            generator=noise, max_sequence_length=pipe.tokenizer_2.model_max_length).images
-        yes = margins(images, QUESTIONS) > 0  # (N, 71)
-        truth = np.stack([answers(s) for s in scenes]) > 0  # (N, 71)
+        yes = margins(images, QUESTIONS) > 0  # (N, 69)
+        truth = np.stack([answers(s) for s in scenes]) > 0  # (N, 69)
         return yes[IS_THING][truth[IS_THING]].reshape(len(scenes), -1), yes[IS_STYLE][truth[IS_STYLE]]
 
     singles = [world.draw(rng, [name], framed=False) for name in world.NAMES for _ in range(n)]
@@ -629,7 +634,7 @@ def main():
     parser.add_argument("--go-on", action="store_true", help="start from the committed weights, not random")
     parser.add_argument("--work", type=Path, default=Path.home() / ".cache" / "emoji-flux",
                         help="checkpoints and downloaded artwork (default ~/.cache/emoji-flux)")
-    parser.add_argument("--lr", type=float, help="peak rate (default: flow 3e-3, guide 1e-3)")
+    parser.add_argument("--lr", type=float, help="peak rate of flow (3e-3) and guide (1e-3)")
     parser.add_argument("--steps", type=int, help="training steps of the stage, instead of its own number")
     parser.add_argument("--n", type=int, default=50, help="images a thing in the report (default 50)")
     parser.add_argument("--seed", type=int, default=0, help="default 0")

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 HERE = Path(__file__).resolve().parent
-MAX_WORDS = 19  # the longest caption; the text encoders read one token more
+MAX_WORDS = 19  # the longest caption; T5 reads one token more and CLIP two
 SIZE = 64  # pixels, the side of a scene and of a sprite in the atlas
 THING = 30  # pixels, the side of a thing in a scene, alone or not, in a cell of 4 x 4 tokens (32 pixels)
 
