@@ -482,7 +482,7 @@ BETAS = (1e-2, 1e-4, 1e-6)
 LAMBDA = 3.0  # held fixed, so that eta = beta lambda tends to 0 with beta
 
 
-def test_eq07_eq13_limit_with_two_over_beta_is_lambda_times_gradient_ascent():
+def test_eq07_eq13_errata_limit_with_two_over_beta_is_lambda_times_gradient_ascent():
     S_theta, S_ref = f64(0.7, 0.1, 2), f64(0.2, 0.4, 2)
     dS = S_theta - S_ref
     for beta in BETAS:
