@@ -200,7 +200,7 @@ def check_model(model, device, dtype, size=None):
     need = Counter()
     for name, n_bytes in files.items():
         need[name.split("/")[0]] += n_bytes * dtype.itemsize // 2  # on disk a weight is two bytes
-    (part, n_bytes), = need.most_common(1)
+    part, n_bytes = need.most_common(1)[0]
     free = torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
     if n_bytes > free:
         refuse(f"its {part} needs {n_bytes / 2**30:.2f} GiB in {str(dtype)[6:]}, "
