@@ -200,8 +200,8 @@ def train(transformer, forget, preserve, embeds, args):
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc="train")
     for step in bar:
         tick, seen = time.perf_counter(), []
-        stop = (f"{checkpoint} holds the last good state" if checkpoint.exists() else "nothing was saved yet"
-                ) + ": lower --lr or --eta and use another --out"
+        good = f"{checkpoint} holds the last good state" if checkpoint.exists() else "nothing was saved yet"
+        stop = f"{good}: lower --lr or --eta and use another --out"
         for part in batch_of(step, forget, preserve, embeds, args, transformer.device):
             try:
                 loss, info = iteration(transformer, *part, args)
