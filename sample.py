@@ -107,7 +107,7 @@ def guarded(main, args):
         main(args)
     except KeyboardInterrupt:
         die(f"interrupted; {go_on}", 130)
-    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk, a folder, out of memory
+    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk, say, or no memory
         die(f"{(str(error).strip() or type(error).__name__).splitlines()[0]}; {go_on}", 1)
 
 def allowed(prompts, what):
@@ -236,6 +236,7 @@ def setup(args):
     return concept
 
 def read_settings(path, instead):
+    """What keep_settings has written; a file cut short or edited is refused, with what to do instead."""
     try:
         return json.loads(path.read_text())["settings"]
     except (ValueError, KeyError, TypeError):

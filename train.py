@@ -8,9 +8,7 @@ pytorch_lora_weights.safetensors, curves.png, before_after.png, log.csv and args
 from the paper: one (t, eps) a sample and step, so that the expectation stands outside the gate (inpo.py).
 """
 import argparse
-import json
 import math
-from pathlib import Path
 
 from sample import mask_flags, model_flags, number, sampling_flags
 
@@ -197,22 +195,25 @@ def train(transformer, forget, preserve, embeds, args):
             start, rows = state["step"], state["rows"]
         except Exception:  # cut short or foreign: torch has many names for it
             die(f"{checkpoint}: cannot be read; delete it to train from step 0", 1)
+
+    def stop(why):
+        good = f"{checkpoint} holds the last good state" if checkpoint.exists() else "nothing was saved yet"
+        die(f"{why}; {good}: lower --lr or --eta and use another --out", 1)
+
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc="train")
     for step in bar:
         tick, seen = time.perf_counter(), []
-        good = f"{checkpoint} holds the last good state" if checkpoint.exists() else "nothing was saved yet"
-        stop = f"{good}: lower --lr or --eta and use another --out"
         for part in batch_of(step, forget, preserve, embeds, args, transformer.device):
             try:
                 loss, info = iteration(transformer, *part, args)
             except ValueError as error:  # inpo.py refuses NaN
-                die(f"step {step}: {error}; {stop}", 1)
+                stop(f"step {step}: {error}")
             (loss / args.accumulate).backward()
             seen.append(info | dict(loss=loss.detach()[None]))
         info = {k: torch.cat([s[k] for s in seen]).float().cpu() for k in seen[0]}
         norm = torch.nn.utils.get_total_norm([p.grad for p in params])
         if not math.isfinite(info["loss"].mean()) or not math.isfinite(norm):
-            die(f"step {step}: loss {info['loss'].mean():.4g}, gradient norm {norm:.4g}; {stop}", 1)
+            stop(f"step {step}: loss {info['loss'].mean():.4g}, gradient norm {norm:.4g}")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         d_lr = optimizer.param_groups[0].get("d", 1.0) * args.lr  # Prodigy's own step size
