@@ -160,11 +160,11 @@ def rate(drawn, asked, ask, sets, args):
             yes |= ask(drawn[group], [a[min(k, len(a) - 1)] for a in answers])
         low, high = wilson(yes.sum(), args.n)
         table[name] = dict(percent=100 * yes.mean(), low=low, high=high, n=args.n)
-    said = cycled(sets["never seen"][0], args.n)
-    scores = clip_scores(args.clip, drawn["never seen"], said, args.device)  # (N,)
+    said = cycled(sets["scenes"][0], args.n)  # what is unrelated, in every style, on every background
+    scores = clip_scores(args.clip, drawn["scenes"], said, args.device)  # (N,)
     mean, error = scores.mean().item(), 1.96 * scores.std(correction=0).item() / args.n ** 0.5
     row = dict(percent=mean, low=mean - error, high=mean + error, n=args.n)
-    return table | {"CLIP score, never seen": row}
+    return table | {"CLIP score, unrelated": row}
 
 def locality(before, after, masks):
     """Mean change of a pixel, of 255, inside and outside of masks (N, H, W), at equal seeds."""
