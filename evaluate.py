@@ -21,7 +21,8 @@ def arguments(given=None):
     model_flags(parser, needs_concept=False, out="the frozen model's images go to OUT/before, for all LoRAs "
                                                  "of the concept (default out/MODEL-CONCEPT)")
     parser.add_argument("--lora", type=Path, required=True, nargs="+",
-                        help="LoRA folders, train.py's --out; several of one concept share what is before")
+                        help="LoRA folders, train.py's --out; several of one concept share what is before; "
+                             "where a LoRA forgets several concepts, --concept is asked about")
     parser.add_argument("--judge", help="a CLIP or a LLaVA (default: the model's clip/, else LLaVA-1.5)")
     parser.add_argument("--clip", help="of the CLIP score (default: the model's clip/, else OpenAI's B/32)")
     parser.add_argument("--n", type=number(int), default=100, help="images a figure (4.1: 100)")
@@ -38,8 +39,8 @@ from tqdm import tqdm  # noqa: E402
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, CLIPModel  # noqa: E402
 
 from mask import find_masks  # noqa: E402
-from sample import (check_set, contact_sheet, encode_prompts, guarded, load_denoiser,  # noqa: E402
-                    open_image, read_settings, sample_set, setup, write_text)
+from sample import (check_set, contact_sheet, encode_prompts, guarded, load_concept,  # noqa: E402
+                    load_denoiser, mentions, open_image, place, read_settings, sample_set, setup, write_text)
 
 def wilson(yes, n, z=1.96):
     """95 % interval of a rate, in percent."""
@@ -105,10 +106,16 @@ def cycled(rows, n):
     """The first n of rows, over and over, as sample_set takes its prompts."""
     return [rows[i % len(rows)] for i in range(n)]
 
-def plan_images(concept, n, guidance):
-    """{set of images: (its prompts, guidance)}, {figure: (set, n lists of answers that are a yes)}."""
-    target, unseen, unrelated = concept["concept"], concept["unseen"], concept["unrelated"]
-    is_style = concept["task"] == "style"
+def plan_images(concept, n, guidance, also=()):
+    """{set of images: (its prompts, guidance)}, {figure: (set, n lists of answers that are a yes)}.
+
+    also: the other concepts that the LoRA forgets, of which nothing that is to stay may speak.
+    """
+    target, is_style = concept["concept"], concept["task"] == "style"
+    neighbours, unseen, unrelated = ([o for o in concept[key] if not mentions(o, also)]
+                                     for key in ("neighbours", "unseen", "unrelated"))
+    if not unrelated:
+        die(f"--concept {concept['name']}: all that its file calls unrelated is forgotten too")
 
     def filled(others):  # "a dog in noto style", kept while another style goes, is asked about as a style
         rows = [(t.replace("{}", o), [o.rpartition(" in ")[2] if is_style else o])
@@ -118,7 +125,9 @@ def plan_images(concept, n, guidance):
     sets = {"target": (concept["eval"], guidance), "target, guidance 1": (concept["eval"], 1.0),
             "target, guidance 5": (concept["eval"], 5.0), "paraphrases": (concept["paraphrases"], guidance)}
     asked = {name: (name, [target] * n) for name in sets}
-    for name, others in (("preserved", concept["neighbours"] + unrelated), ("never seen", unseen)):
+    for name, others in (("preserved", neighbours + unrelated), ("never seen", unseen)):
+        if not others:
+            continue
         prompts, answers = filled(others)
         sets[name], asked[name] = (prompts, guidance), (name, cycled(answers, n))
     if not is_style:  # a style has no pairs
@@ -146,9 +155,9 @@ def each_set(sets, folder, args):
 def sample_sets(pipe, embeds, sets, folder, lora, args):
     """{set: its images}, kept in folder."""
     images = {}
-    for place, seeds, prompts, mine in each_set(sets, folder, args):
-        made = sample_set(pipe, embeds, place, seeds, prompts, args.n, mine, lora=lora)
-        images[place.name] = [open_image(file) for file, _ in made]
+    for subfolder, seeds, prompts, mine in each_set(sets, folder, args):
+        made = sample_set(lambda: pipe, embeds, subfolder, seeds, prompts, args.n, mine, lora=lora)
+        images[subfolder.name] = [open_image(file) for file, _ in made]
     return images
 
 def rate(drawn, asked, ask, sets, args):
@@ -183,33 +192,37 @@ def main(args):
         run = next((f for f in runs if f.exists()), None)
         if not (args.concept or run):
             die(f"--concept is missing, and {runs[0]} does not exist to read it from")
-        trained_on = read_settings(run, "give --concept")["concept"] if run else args.concept
-        args.concept = args.concept or trained_on
-        if args.concept != trained_on:
-            die(f"--lora {folder}: has forgotten {trained_on}, not {args.concept}: evaluate it by itself")
-    concept = setup(args)
-    sets, asked = plan_images(concept, args.n, args.sample_guidance)
+        forgotten = read_settings(run, "give --concept")["concept"] if run else args.concept
+        args.concept = args.concept or forgotten
+        if len(args.concept) > 1 or args.concept[0] not in forgotten:
+            die(f"--lora {folder}: has forgotten {', '.join(forgotten)}: give one of them as --concept")
+    several = f"-{args.concept[0]}" if len(forgotten) > 1 else ""  # files of more than one evaluation
+    args.out = args.out or (args.lora[0] / f"base{several}" if several else None)
+    concept, = setup(args)
+    also = [load_concept(args.model, name) for name in forgotten if name not in args.concept]
+    sets, asked = plan_images(concept, args.n, args.sample_guidance, also)
     # another LoRA, another set of images
     digests = [hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest() for folder in args.lora]
-    places = [(args.out / "before", None), *((f / "after", d) for f, d in zip(args.lora, digests))]
+    places = [(args.out / "before", None), *((f / f"after{several}", d) for f, d in zip(args.lora, digests))]
     for folder, lora in places:  # before work starts
         for one in each_set(sets, folder, args):
             check_set(*one, lora=lora)
     embeds = encode_prompts(args.model, [p for ps, _ in sets.values() for p in ps], args.device, args.dtype)
-    pipe = load_denoiser(args.model, args.device, args.dtype)
+    pipe = load_denoiser(args)
     for k, folder in enumerate(args.lora):  # all of them now: what does not load is found before work starts
         try:
             pipe.load_lora_weights(folder, adapter_name=f"lora{k}")
             pipe.set_adapters(f"lora{k}")  # fails where no key was the transformer's
         except Exception as error:  # a corrupt file, or the LoRA of another model: peft has many names for it
             die(f"--lora {folder}: does not load into {args.model}: {str(error).splitlines()[0]}")
+    place(pipe, args)
     pipe.disable_lora()
     before = sample_sets(pipe, embeds, sets, *places[0], args)
     pipe.enable_lora()
     afters = []
-    for k, place in enumerate(places[1:]):
+    for k, (folder, digest) in enumerate(places[1:]):
         pipe.set_adapters(f"lora{k}")
-        afters.append(sample_sets(pipe, embeds, sets, *place, args))
+        afters.append(sample_sets(pipe, embeds, sets, folder, digest, args))
     del pipe  # makes room for the judge
 
     is_clip = AutoConfig.from_pretrained(args.judge).model_type == "clip"
@@ -228,12 +241,12 @@ def main(args):
         print("mean pixel change, of 255, by the mask: " +
               ", ".join(f"{k} {v and round(v, 1)}" for k, v in change.items()))
         settings = {k: str(v) for k, v in vars(args).items()} | dict(lora=str(folder))
-        write_text(folder / "evaluation.json",
+        write_text(folder / f"evaluation{several}.json",
                    json.dumps(dict(figures=table, locality=change, settings=settings), indent=1))
         rows = [(name, when) for name in sets for when in ("before", "after")]
         columns = min(10, args.n)
         shown = [i for name, when in rows for i in (before if when == "before" else after)[name][:columns]]
-        contact_sheet(shown, folder / "evaluation.png", columns, side=80,
+        contact_sheet(shown, folder / f"evaluation{several}.png", columns, side=80,
                       titles=[f"{name[:18]}: {when}" for name, when in rows])
 
 if __name__ == "__main__":

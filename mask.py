@@ -1,6 +1,6 @@
 """The concept masks M of section 3.2: where in each forget image the concept is.
 
-    python mask.py --model emoji-flux --concept cat    # after sample.py; draws out/emoji-flux-cat/masks.png
+    python mask.py --model emoji-flux --concept cat    # after sample.py; out/emoji-flux-cat/masks-cat.png
 
 Words -> boxes by an open-vocabulary detector -> SAM -> the union of all instances. A style's mask is the
 whole framed picture (C.1), as a rectangle, or whatever else the file's `detect:` names; nudity's (by NudeNet)
@@ -140,7 +140,7 @@ def check_masks(folder, concept, args):
     return settings, again
 
 def make_masks(files, concept, args):
-    """Write NAME.mask.png beside each image, and masks.png -> the files in which something was found."""
+    """Write X.mask.png beside each image, and masks-NAME.png -> the files in which something was found."""
     settings, again = check_masks(files[0].parent, concept, args)
     if not (record := files[0].parent / "masks.json").exists():  # its commit is that of the first masks
         keep_settings(record, settings)
@@ -160,19 +160,20 @@ def make_masks(files, concept, args):
         pixels = np.array(images[file])
         pixels[found[file]] = pixels[found[file]] // 2 + np.array([127, 0, 0], np.uint8)
         overlays += [images[file], Image.fromarray(pixels)]
-    contact_sheet(overlays, args.out / "masks.png")
+    sheet = args.out / f"masks-{concept['name']}.png"
+    contact_sheet(overlays, sheet)
     if len(kept) < args.min_found * len(files):
-        missed, sheet = len(files) - len(kept), args.out / "masks.png"
-        die(f"nothing found in {missed} of {len(files)} images, see {sheet}: "
+        die(f"nothing found in {len(files) - len(kept)} of {len(files)} images, see {sheet}: "
             f"lower --min-found, or lower --threshold or mend the file's detect: and {again}", 1)
     return kept
 
 def main(args):
-    concept = setup(args)
-    files = sorted(f for f in (args.out / "forget").glob("*.png") if not f.name.endswith(".mask.png"))
-    if not files:
-        die(f"{args.out / 'forget'} holds no images; run sample.py first")
-    make_masks(files, concept, args)
+    for concept in setup(args):
+        folder = args.out / "forget" / concept["name"]
+        files = sorted(f for f in folder.glob("*.png") if not f.name.endswith(".mask.png"))
+        if not files:
+            die(f"{folder} holds no images; run sample.py first")
+        make_masks(files, concept, args)
 
 if __name__ == "__main__":
     guarded(main, ARGS)

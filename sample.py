@@ -7,12 +7,16 @@ The other scripts import from here: flags, prompt files, the filter, the pre-fli
 """
 import argparse
 import contextlib
+import functools
+import gc
 import json
 import math
 import os
 import re
 import subprocess
 import sys
+import threading
+import time
 import zlib
 from collections import Counter
 from importlib.metadata import version
@@ -24,6 +28,9 @@ ROOT = Path(__file__).resolve().parent
 HUB = dict(detector=("detector", "google/owlv2-base-patch16-ensemble"),
            sam=("sam.pth", "https://dl.fbaipublicfiles.com/segment_anything/sam_vit_h_4b8939.pth"),
            judge=("clip", "llava-hf/llava-1.5-7b-hf"), clip=("clip", "openai/clip-vit-base-patch32"))
+TASKS = ("object", "ip", "style", "nsfw")
+# --quantize -> bytes of a frozen weight, scales included, where a dtype does not say
+WEIGHT_BYTES = dict(none=None, int8=1.01, nf4=0.57)
 
 def die(message, code=2):
     """One line on stderr (below a progress bar) and exit: 2 before work has started, 1 during it."""
@@ -46,21 +53,35 @@ def model_flags(parser, needs_concept=True, out="default out/MODEL-CONCEPT, with
     parser.error = die  # one line, without the usage
     parser.add_argument("--model", default="black-forest-labs/FLUX.1-dev",
                         help="a FluxPipeline: hub id or folder (default %(default)s)")
-    parser.add_argument("--concept", required=needs_concept, help="the name of a prompt file")
+    parser.add_argument("--concept", nargs="+", metavar="NAME", required=needs_concept,
+                        help="a prompt file's name; several: one LoRA forgets them all")
     parser.add_argument("--out", type=Path, help=out)
     parser.add_argument("--seed", type=int, default=0, help="default 0")
     parser.add_argument("--device", choices=["cpu", "cuda", "mps"], help="default: cuda where there is one")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on cuda")
 
+def memory_flags(parser):
+    parser.add_argument("--quantize", choices=list(WEIGHT_BYTES), default="none",
+                        help="the frozen transformer's weights: int8 by torchao, nf4 by bitsandbytes on cuda")
+    parser.add_argument("--offload", action="store_true",
+                        help="they wait in main memory, a layer at a time visits the device: slow")
+
 def drawing_flags(parser):
+    memory_flags(parser)
     parser.add_argument("--size", type=number(int), help="pixels a side (default: the VAE's sample_size)")
     parser.add_argument("--sample-steps", type=number(int), default=28, help="denoising steps (default 28)")
     parser.add_argument("--sample-guidance", type=number(strict=False), default=3.5, help="default 3.5")
     parser.add_argument("--sample-batch", type=number(int), help="images at once (default: 5 megapixels)")
 
-def sampling_flags(parser):
+def data_flags(parser):
     parser.add_argument("--n-forget", type=number(int), default=50, help="N_ES, unstated (default 50)")
     parser.add_argument("--n-preserve", type=number(int), default=25, help="images a concept (C.1: 25)")
+    parser.add_argument("--prompts", type=Path, help="a text file of forget prompts, instead of [train]")
+    parser.add_argument("--preserve", type=Path, help="a text file of preserved prompts, for D_PR")
+    parser.add_argument("--images", type=Path, help="a folder of your own forget images, without a prompt "
+                        "file; beside X.jpg may lie X.txt, its caption, and X.mask.png")
+    parser.add_argument("--task", choices=TASKS, help="with --images: picks Table 6's preset")
+    parser.add_argument("--caption", help='with --images: of those without a NAME.txt, say "a photo of {}"')
     drawing_flags(parser)
 
 def mask_flags(parser):
@@ -73,18 +94,21 @@ def mask_flags(parser):
 def arguments(given=None):
     parser = argparse.ArgumentParser(description=__doc__)
     model_flags(parser)
-    sampling_flags(parser)
+    data_flags(parser)
     return parser.parse_args(given)
 
 ARGS = arguments() if __name__ == "__main__" else None  # before the slow imports: --help answers at once
 if not {"-h", "--help"} & set(sys.argv):  # the other scripts import their flags from here
+    import numpy as np
     import psutil
     import torch
-    from diffusers import FluxPipeline
+    from accelerate import PartialState
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+    from diffusers import BitsAndBytesConfig, FluxPipeline, PipelineQuantizationConfig, TorchAoConfig
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
     from huggingface_hub.errors import (GatedRepoError, HfHubHTTPError, HFValidationError,
                                         RepositoryNotFoundError)
-    from PIL import Image, ImageDraw
+    from PIL import Image, ImageDraw, ImageOps
     from safetensors import SafetensorError
     from tqdm import tqdm
 
@@ -142,9 +166,80 @@ def load_concept(model, name):
                 "train eval paraphrases preserve").split():
         if not found.get(key):
             die(f"{path}: has no {key} (README: a concept is a file)")
-    if found["task"] not in ("object", "ip", "style", "nsfw"):
-        die(f"{path}: task is {found['task']}, not object, ip, style or nsfw")
+    if found["task"] not in TASKS:
+        die(f"{path}: task is {found['task']}, not {' or '.join(TASKS)}")
     return found
+
+def read_prompts(flag, path):
+    """The lines of a text file of prompts, less what the filter drops."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        die(f"{flag} {path}: is no readable UTF-8 text ({type(error).__name__})")
+    lines = allowed(list(filter(None, map(str.strip, lines))), f"{flag} {path}")
+    return lines or die(f"{flag} {path}: holds no prompt")
+
+def open_own(file, as_mask=False):
+    """A user's picture as RGB, a mask as L: turned by EXIF, on white, 16 bits as 8, an animation's first."""
+    try:
+        with Image.open(file) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):  # PIL would clip 16 bits
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image.convert("L" if as_mask else "RGB")
+    except (OSError, SyntaxError, ValueError) as error:
+        die(f"--images: {file} cannot be read ({type(error).__name__}): mend it or take it away")
+
+def own_pictures(args):
+    """--images, all checked -> [(file, caption)]; a caption that mentions minors drops its picture."""
+    suffixes = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+    files = sorted(args.images.glob("*"))
+    files = [f for f in files if f.suffix.lower() in suffixes and not f.name.endswith(".mask.png")]
+    rows = []
+    for file in files:
+        text, by_mask = file.with_suffix(".txt"), file.with_suffix(".mask.png")
+        if not text.exists() and not args.caption:
+            die(f"--images: {file} has no caption: write {text}, or give --caption")
+        caption = text.read_text("utf-8") if text.exists() else args.caption.replace("{}", args.concept[0])
+        rows.append((file, " ".join(caption.split())))
+        image = open_own(file)
+        if by_mask.exists():
+            mask = open_own(by_mask, as_mask=True)
+            if mask.size != image.size:
+                die(f"--images: {by_mask} is {mask.size}, its picture {image.size}")
+            low, high = mask.getextrema()
+            if high < 128 or (low > 127 and args.task != "style"):
+                colour = "white" if low > 127 else "black"
+                die(f"--images: {by_mask} is all {colour}: mend it or take it away")
+    kept = set(allowed([caption for _, caption in rows], f"--images {args.images}"))
+    return [row for row in rows if row[1] in kept] or die(f"--images {args.images}: holds no picture to use")
+
+def load_concepts(args):
+    """The concept of each --concept: its prompt file, or --images; --prompts and --preserve replace parts."""
+    images, prompts, preserve = (getattr(args, key, None) for key in ("images", "prompts", "preserve"))
+    if images:
+        missing = [f"--{key}" for key in ("task", "preserve") if not getattr(args, key)]
+        if missing or len(args.concept) > 1:
+            die(f"--images {images}: needs one --concept, --task and --preserve" +
+                f"; {' and '.join(missing)} is missing" * bool(missing))
+        name, = args.concept
+        captions = [caption for _, caption in own_pictures(args)]
+        none = {key: [] for key in "unrelated unseen backgrounds styles paraphrases neighbours".split()}
+        concepts = [none | dict(name=name, task=args.task, concept=[name], train=captions,
+                                detect=["nudenet" if name == "nudity" else name],
+                                eval=list(dict.fromkeys(captions)))]
+        args.n_forget = len(captions)
+    else:
+        concepts = [load_concept(args.model, name) for name in dict.fromkeys(args.concept)]
+    for concept in concepts:
+        if prompts:
+            concept["train"] = read_prompts("--prompts", prompts)
+        if preserve:
+            concept |= dict(neighbours=read_prompts("--preserve", preserve), unrelated=[], preserve=["{}"])
+    return concepts
 
 def fingerprint(paths):
     """A checksum of the ends of weight files: 24 GB need not be read to tell them from others."""
@@ -155,10 +250,12 @@ def fingerprint(paths):
             found = zlib.crc32(file.read(), found)
     return f"{found:08x}"
 
-def check_model(model, device, dtype, size=None):
+def check_model(args):
     """Refuse, in this order: not here and no network; no licence; does not fit; size -> pixels a side, and
     what tells the weights from others of the same name.
     No weights are downloaded. What must fit is the largest of their folders: stages load one at a time."""
+    model, device = args.model, args.device
+
     def refuse(why):
         die(f"--model {model}: {why}; what runs here: python train.py --model emoji-flux --concept cat")
 
@@ -199,32 +296,45 @@ def check_model(model, device, dtype, size=None):
         refuse("has no */*.safetensors or no vae/config.json")
     need = Counter()
     for name, n_bytes in files.items():
-        need[name.split("/")[0]] += n_bytes * dtype.itemsize // 2  # on disk a weight is two bytes
-    part, n_bytes = need.most_common(1)[0]
-    free = torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
-    if n_bytes > free:
-        refuse(f"its {part} needs {n_bytes / 2**30:.2f} GiB in {str(dtype)[6:]}, "
-               f"{device} has {free / 2**30:.2f} GiB free")
-    vae = json.loads(config.read_text())
+        part = name.split("/")[0]
+        small = WEIGHT_BYTES[getattr(args, "quantize", "none")] if part == "transformer" else None
+        need[part] += n_bytes / 2 * (small or args.dtype.itemsize)  # on disk a weight is two bytes
+    free = {"cpu": psutil.virtual_memory().available}
+    if device == "cuda":
+        free["cuda"] = torch.cuda.mem_get_info()[0]
+    for part, n_bytes in need.most_common():
+        where = "cpu" if part == "transformer" and getattr(args, "offload", False) else device
+        if n_bytes > free.get(where, free["cpu"]):
+            refuse(f"its {part} needs {n_bytes / 2**30:.2f} GiB in {str(args.dtype)[6:]}, "
+                   f"{where} has {free.get(where, free['cpu']) / 2**30:.2f} GiB free")
+    vae, size = json.loads(config.read_text()), getattr(args, "size", None)
     size, step = size or vae["sample_size"], 2 * 2 ** (len(vae["block_out_channels"]) - 1)
     if size % step:
         die(f"--size {size}: must be a multiple of {step}, the VAE's factor times FLUX's 2 x 2 packing")
     return size, weights
 
 def setup(args):
-    """Fill in what the flags left open, refuse what cannot work before anything is written -> the concept."""
+    """Fill in what the flags left open, refuse what cannot work before a thing is written -> the concepts."""
+    PartialState()  # picks this process's GPU under accelerate launch
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if args.device != "cpu" and not getattr(torch, args.device).is_available():
         die(f"--device {args.device}: there is none here")
     args.dtype = getattr(torch, args.dtype or ("bfloat16" if args.device == "cuda" else "float32"))
-    concept = load_concept(args.model, args.concept)
-    if "detector" in args and concept["detect"] == ["nudenet"] and not find_spec("nudenet"):
-        die(f"--concept {args.concept} needs NudeNet for its masks: pip install nudenet")
-    args.size, args.weights = check_model(args.model, args.device, args.dtype, getattr(args, "size", None))
+    concepts = load_concepts(args)
+    args.concept = [concept["name"] for concept in concepts]
+    if "detector" in args and ["nudenet"] in [c["detect"] for c in concepts] and not find_spec("nudenet"):
+        die("--concept nudity needs NudeNet for its masks: pip install nudenet")
+    if "quantize" in args:
+        package = dict(int8="torchao", nf4="bitsandbytes").get(args.quantize)
+        if args.quantize == "nf4" and args.device != "cuda":
+            die("--quantize nf4: bitsandbytes needs a CUDA GPU, and there is none here; int8 runs on a CPU")
+        if package and not find_spec(package):
+            die(f"--quantize {args.quantize} needs {package}: pip install {package}")
+    args.size, args.weights = check_model(args)
     if "sample_batch" in args:  # 5 at 1024 pixels a side, more at less
         args.sample_batch = args.sample_batch or max(1, min(25, 5 * 1024**2 // args.size**2))
     seed = f"-{args.seed}" if args.seed else ""
-    args.out = args.out or Path("out") / f"{Path(args.model).name}-{args.concept}{seed}"
+    args.out = args.out or Path("out") / f"{Path(args.model).name}-{'+'.join(args.concept)}{seed}"
     there = next(p for p in (args.out, *args.out.absolute().parents) if p.exists())
     if not (there.is_dir() and os.access(there, os.W_OK)):
         die(f"--out {args.out}: {there} is no folder that can be written to")
@@ -233,7 +343,7 @@ def setup(args):
             beside = Path(args.model) / name
             setattr(args, flag, getattr(args, flag) or (str(beside) if beside.exists() else hub))
             print(f"{flag}: {getattr(args, flag)}")
-    return concept
+    return concepts
 
 def read_settings(path, instead):
     """What keep_settings has written; a file cut short or edited is refused, with what to do instead."""
@@ -258,6 +368,37 @@ def keep_settings(path, settings):
     git = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True)
     record = dict(settings=settings, versions=versions, commit=git.stdout.strip())
     write_text(path, json.dumps(record, indent=1, default=str))
+
+@contextlib.contextmanager
+def stage(name, out):
+    """A block of work whose peak memory is printed and kept in out/stages.csv: seconds, GiB of RSS and CUDA.
+
+    What it has loaded is freed before the next: never two large models at once.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    process, over, peak, start = psutil.Process(), threading.Event(), [0], time.perf_counter()
+
+    def watch():
+        while not over.wait(0.01):
+            peak.append(max(peak.pop(), process.memory_info().rss))
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watcher.join()
+        gc.collect()
+        torch.cuda.empty_cache()
+    seconds, rss = time.perf_counter() - start, peak[0] / 2**30
+    cuda = torch.cuda.max_memory_allocated() / 2**30
+    if PartialState().is_main_process:
+        print(f"{name}: {seconds:.0f} s, peak {rss:.2f} GiB" + f", on the GPU {cuda:.2f} GiB" * bool(cuda))
+        with open(out / "stages.csv", "a") as file:
+            file.write(f"{name},{seconds:.2f},{rss:.3f},{cuda:.3f}\n")
 
 @contextlib.contextmanager
 def whole(path):
@@ -310,13 +451,35 @@ def encode_prompts(model, prompts, device, dtype):
             found[prompt] = states[0].cpu(), pooled[0].cpu()
     return found
 
-def load_denoiser(model, device, dtype):
-    """FluxPipeline without its text encoders: transformer, VAE and scheduler, frozen."""
-    pipe = FluxPipeline.from_pretrained(model, text_encoder=None, text_encoder_2=None, tokenizer=None,
-                                        tokenizer_2=None, dtype=dtype).to(device)
+def load_denoiser(args):
+    """FluxPipeline without its text encoders: transformer, VAE, scheduler; frozen, on the CPU: place() it."""
+    quantized = None
+    if args.quantize == "int8":
+        from torchao.quantization import Int8WeightOnlyConfig  # slow to import
+        quantized = TorchAoConfig(Int8WeightOnlyConfig(version=2))
+    elif args.quantize == "nf4":
+        quantized = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
+                                       bnb_4bit_compute_dtype=args.dtype)
+    quantized = quantized and PipelineQuantizationConfig(quant_mapping=dict(transformer=quantized))
+    pipe = FluxPipeline.from_pretrained(args.model, text_encoder=None, text_encoder_2=None, tokenizer=None,
+                                        tokenizer_2=None, dtype=args.dtype, quantization_config=quantized)
     pipe.set_progress_bar_config(disable=True)
     pipe.transformer.requires_grad_(False)
     pipe.vae.requires_grad_(False)
+    return pipe
+
+def place(pipe, args):
+    """Onto the device, or with --offload only a layer at a time; call it after add_lora: a LoRA stays."""
+    if not args.offload:
+        return pipe.to(args.device)
+    for model in (pipe.transformer, pipe.vae):
+        add_hook_to_module(model, AlignDevicesHook(args.device))  # tells the pipeline where to work
+        for module in model.modules():
+            own = list(module.parameters(recurse=False))
+            if own and not own[0].requires_grad:
+                add_hook_to_module(module, AlignDevicesHook(args.device, offload=True))
+            else:
+                module.to(args.device) if own else None
     return pipe
 
 def seed_of(seed, concept, index):
@@ -325,7 +488,7 @@ def seed_of(seed, concept, index):
 
 def generate(pipe, embeds, prompts, seeds, steps, guidance, size):
     """One batch -> list of PIL images, each a function of its own prompt and seed but for rounding."""
-    device = pipe.transformer.device
+    device = pipe._execution_device  # with --offload the weights are elsewhere
     states, pooled = (torch.stack([embeds[p][k] for p in prompts]) for k in (0, 1))  # (B, T, E), (B, P)
     states, pooled = states.to(device), pooled.to(device)
     noise = [torch.Generator().manual_seed(s) for s in seeds]
@@ -336,20 +499,21 @@ def check_set(folder, concept, prompts, args, **made_by):
     """Refuse a folder of images that other settings have made -> the settings."""
     settings = dict(model=args.model, weights=args.weights, concept=concept, prompts=prompts, seed=args.seed,
                     size=args.size, group=args.sample_batch, steps=args.sample_steps,
-                    guidance=args.sample_guidance, dtype=args.dtype, **made_by)
+                    guidance=args.sample_guidance, dtype=args.dtype, quantize=args.quantize, **made_by)
     check_settings(folder / "settings.json", settings, folder, f"use another --out, or delete {folder}")
     return settings
 
-def sample_set(pipe, embeds, folder, concept, prompts, count, args, **made_by):
+def sample_set(load, embeds, folder, concept, prompts, count, args, **made_by):
     """Fill folder with 000.png ... and manifest.json -> [(path, prompt)]; what is there stays as it is.
 
     They are made in whole groups of args.sample_batch, so that their number cannot change their rounding.
-    made_by: further settings that the images must share with those that are there.
+    load() gives the pipeline, where an image is missing. made_by: further settings that the images must share
+    with those that are there.
     """
+    world, group = PartialState(), args.sample_batch
     settings = check_set(folder, concept, prompts, args, **made_by)
     if not (folder / "settings.json").exists():  # its versions and commit are those of the first images
         keep_settings(folder / "settings.json", settings)
-    group = args.sample_batch
     rows = [(folder / f"{i:03}.png", prompts[i % len(prompts)], seed_of(args.seed, concept, i))
             for i in range(-(-count // group) * group)]
     manifest = [dict(file=f.name, prompt=p, seed=s, model=args.model, size=args.size)
@@ -358,37 +522,69 @@ def sample_set(pipe, embeds, folder, concept, prompts, count, args, **made_by):
     missing = [first for first in range(0, count, group)
                if not all(f.exists() for f, _, _ in rows[first:min(first + group, count)])]
     name = f"sample {folder.parent.name}/{folder.name}"
+    missing = missing[world.process_index::world.num_processes]  # of accelerate launch, each its share
     for first in tqdm(missing, desc=name, unit=f"{group} images", disable=not missing):
         files, texts, seeds = zip(*rows[first:first + group])
-        images = generate(pipe, embeds, texts, seeds, args.sample_steps, args.sample_guidance, args.size)
+        images = generate(load(), embeds, texts, seeds, args.sample_steps, args.sample_guidance, args.size)
         for file, image in list(zip(files, images))[:count - first]:
             save_image(image, file)
+    world.wait_for_everyone()
     return [(f, p) for f, p, _ in rows[:count]]
 
-def plan_sets(concept, args):
-    """D_PR's sets, then D_ES, each (folder, concept, prompts, count); other settings' images are refused."""
-    sets = [(args.out / "preserve" / other, other, [t.replace("{}", other) for t in concept["preserve"]],
-             args.n_preserve) for other in concept["neighbours"] + concept["unrelated"]]
-    sets.append((args.out / "forget", concept["name"], concept["train"], args.n_forget))
-    for folder, name, prompts, _ in sets:
-        check_set(folder, name, prompts, args)
-    return sets
+def mentions(phrase, concepts):
+    """Is what one of the concepts' judge is asked about a part of the phrase?"""
+    return any(re.search(rf"\b{re.escape(c)}\b", phrase) for concept in concepts for c in concept["concept"])
 
-def sample_all(pipe, embeds, sets, args):
-    """Step 1 of Algorithm 1 -> D_ES and D_PR, each [(path, prompt)]."""
-    *preserve, forget = [sample_set(pipe, embeds, *one, args) for one in sets]
-    preserve = sum(preserve, [])
-    shown = forget[:16] + preserve[::-(-args.n_preserve // 2)]  # two images of each preserved concept
+def plan_sets(concepts, args):
+    """D_ES's sets, one a concept, and D_PR's, none of them another's target: each (folder, concept, prompts,
+    count). Images of other settings are refused."""
+    forget = [(args.out / "forget" / c["name"], c["name"], c["train"], args.n_forget) for c in concepts]
+    preserve = {other: (args.out / "preserve" / other, other, [t.replace("{}", other) for t in c["preserve"]],
+                        args.n_preserve)
+                for c in concepts for other in c["neighbours"] + c["unrelated"]
+                if not mentions(other, concepts)}
+    if not preserve:
+        die("--concept: nothing is left to preserve, all that the files name is to be forgotten")
+    own = dict(own=fingerprint(f for f, _ in own_pictures(args))) if args.images else {}
+    for one in forget:
+        check_set(*one[:3], args, **own)
+    for one in preserve.values():
+        check_set(*one[:3], args)
+    return forget, list(preserve.values())
+
+def import_set(folder, concept, prompts, count, args):
+    """The user's own pictures and masks, cropped square and named as sample_set would leave them."""
+    rows, own = [], own_pictures(args)
+    keep_settings(folder / "settings.json",
+                  check_set(folder, concept, prompts, args, own=fingerprint(file for file, _ in own)))
+    for i, (file, caption) in enumerate(tqdm(own, desc="your own images")):
+        made = folder / f"{i:03}.png"
+        for source, target in ((file, made), (file.with_suffix(".mask.png"), made.with_suffix(".mask.png"))):
+            if source.exists() and not target.exists():
+                image = open_own(source, as_mask=source != file)
+                how = Image.Resampling.BICUBIC if source == file else Image.Resampling.NEAREST
+                save_image(ImageOps.fit(image, (args.size, args.size), how), target)
+        rows.append((made, caption))
+    return rows
+
+def sample_all(embeds, forget, preserve, args):
+    """Step 1 of Algorithm 1 -> D_ES, a list a concept, and D_PR, one list, of (path, prompt)."""
+    load = functools.cache(lambda: place(load_denoiser(args), args))  # not at all where nothing is missing
+    forget = [import_set(*one, args) if args.images else sample_set(load, embeds, *one, args)
+              for one in forget]
+    preserve = sum([sample_set(load, embeds, *one, args) for one in preserve], [])
+    shown = sum([found[:16] for found in forget], []) + preserve[::-(-args.n_preserve // 2)]
     contact_sheet([open_image(path) for path, _ in shown], args.out / "samples.png", 8)
     return forget, preserve
 
 def main(args):
-    concept = setup(args)
-    sets = plan_sets(concept, args)
-    wanted = [p for _, _, prompts, _ in sets for p in prompts]
-    embeds = encode_prompts(args.model, wanted, args.device, args.dtype)
-    forget, preserve = sample_all(load_denoiser(args.model, args.device, args.dtype), embeds, sets, args)
-    print(f"{args.out}: {len(forget)} + {len(preserve)} images; look at samples.png")
+    forget, preserve = plan_sets(setup(args), args)
+    wanted = [p for _, _, prompts, _ in forget + preserve for p in prompts]
+    with stage("prompts", args.out):
+        embeds = encode_prompts(args.model, wanted, args.device, args.dtype)
+    with stage("sample", args.out):
+        forget, preserve = sample_all(embeds, forget, preserve, args)
+    print(f"{args.out}: {sum(map(len, forget))} + {len(preserve)} images; look at samples.png")
 
 if __name__ == "__main__":
     guarded(main, ARGS)

@@ -2,6 +2,7 @@
 
     python train.py --model emoji-flux --concept cat                       # a laptop CPU, minutes
     python train.py --concept pikachu --eta 1 --gamma 3 --tau 0.1          # FLUX.1-dev, Table 6's settings
+    python train.py --concept cat "elon musk"                              # both in one LoRA (D.2)
 
 Algorithm 1, from sampling both image sets to the LoRA; killed, it goes on from its last checkpoint. It leaves
 pytorch_lora_weights.safetensors, curves.png, before_after.png, log.csv and args.json in --out. The deviation
@@ -10,7 +11,7 @@ from the paper: one (t, eps) a sample and step, so that the expectation stands o
 import argparse
 import math
 
-from sample import mask_flags, model_flags, number, sampling_flags
+from sample import data_flags, mask_flags, model_flags, number
 
 # Table 6; lr 0.7 means Prodigy's, AdamW has its own default below
 TABLE6 = dict(object=dict(steps=300, eta=1.0, gamma=3.0, tau=0.1, lambda_prior=0.6),
@@ -31,7 +32,7 @@ def arguments(given=None):
     method.add_argument("--mask", choices=["concept", "full"], default="concept", help="full: M = 1")
     method.add_argument("--detach-gate", action="store_true", help="do not differentiate through alpha")
     recipe = parser.add_argument_group("training")
-    recipe.add_argument("--steps", type=number(int), help="T (Table 6)")
+    recipe.add_argument("--steps", type=number(int), help="T (Table 6, times the number of concepts)")
     recipe.add_argument("--optimizer", choices=["prodigy", "adamw"], default="prodigy")
     recipe.add_argument("--lr", type=number(), help="default: 0.7 with prodigy (Table 6), 1e-3 with adamw")
     recipe.add_argument("--d0", type=number(), default=1e-6, help="Prodigy's first step size (default 1e-6)")
@@ -43,21 +44,27 @@ def arguments(given=None):
                         help="in training (default 1: a guided prediction is not the target velocity)")
     recipe.add_argument("--noise", choices=["uniform", "logit-normal"], default="logit-normal",
                         help="distribution of sigma (default logit-normal)")
-    sampling_flags(parser.add_argument_group("step 1 of Algorithm 1"))
+    data_flags(parser.add_argument_group("step 1 of Algorithm 1"))
     mask_flags(parser.add_argument_group("masks"))
     output = parser.add_argument_group("output")
     output.add_argument("--save-every", type=number(int), help="keep the LoRA of every N-th step (Figure 1)")
     output.add_argument("--checkpoint-every", type=number(int), default=50, help="default 50")
+    output.add_argument("--previous-checkpoint", action="store_true", help="go on from the last but one")
     return parser.parse_args(given)
 
 ARGS = arguments() if __name__ == "__main__" else None  # before the slow imports: --help answers at once
 
 import contextlib  # noqa: E402
+import itertools  # noqa: E402
+import shutil  # noqa: E402
 import time  # noqa: E402
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from diffusers import FluxPipeline  # noqa: E402
+from accelerate import PartialState  # noqa: E402
+from accelerate.utils import gather, reduce  # noqa: E402
+from diffusers import AutoencoderKL, FluxPipeline  # noqa: E402
+from diffusers.image_processor import VaeImageProcessor  # noqa: E402
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE  # noqa: E402
 from diffusers.training_utils import cast_training_params  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
@@ -68,8 +75,8 @@ from tqdm import tqdm  # noqa: E402
 from inpo import add_noise, gate, gradient_ascent, inpo_loss, mask_to_latents, prior_loss, score  # noqa: E402
 from mask import check_masks, make_masks  # noqa: E402
 from sample import (check_settings, contact_sheet, die, encode_prompts, generate, guarded,  # noqa: E402
-                    keep_settings, load_denoiser, open_image, plan_sets, sample_all, seed_of, setup, whole,
-                    write_text)
+                    keep_settings, load_denoiser, mentions, open_image, place, plan_sets, sample_all, seed_of,
+                    setup, stage, whole, write_text)
 
 # B samples, L tokens of D channels (2 x 2 latent cells x C), T text tokens of width E, P pooled width
 LORA_TARGETS = ("attn.to_k attn.to_q attn.to_v attn.to_out.0 attn.add_k_proj attn.add_q_proj attn.add_v_proj "
@@ -122,12 +129,12 @@ def iteration(transformer, x, mask, states, pooled, sigma, eps, args):
     return loss, dict(S=S.detach(), S_ref=S_ref, dS=dS.detach(), alpha=alpha, prior=prior.detach(),
                       sigma=sigma[:half])
 
-def encode_images(pipe, files, size, masks=None):
+def encode_images(vae, files, size, masks=None):
     """Image files -> packed latents (N, L, D) and, from mask files, packed masks (N, L, D) in {0, 1}."""
-    vae, xs, ms = pipe.vae, [], []
+    pixels_of, xs, ms = VaeImageProcessor(do_resize=False).preprocess, [], []
     for n, file in enumerate(tqdm(files, desc="encode images")):
         image = open_image(file, (size, size))
-        pixels = pipe.image_processor.preprocess(image).to(vae.device, vae.dtype)  # (1, 3, Y, X) in [-1, 1]
+        pixels = pixels_of(image).to(vae.device, vae.dtype)  # (1, 3, Y, X) in [-1, 1]
         with torch.no_grad():
             x = vae.encode(pixels).latent_dist.mode().float().cpu()  # (1, C, H, W)
         x = (x - vae.config.shift_factor) * vae.config.scaling_factor  # (1, C, H, W)
@@ -139,14 +146,16 @@ def encode_images(pipe, files, size, masks=None):
             ms.append(FluxPipeline._pack_latents(m, *x.shape))  # onto the same cells as the latents
     return torch.cat(xs), torch.cat(ms) if masks else None
 
-def batch_of(step, forget, preserve, embeds, args, device):
-    """The step's data in args.accumulate parts, a function of (seed, step): a resumed run sees the same.
+def batch_of(step, forget, preserve, embeds, args):
+    """This process's parts, args.accumulate of them, of the step's data, which is a function of (seed, step)
+    alone: a resumed run sees the same.
 
     forget is latents (N, L, D), masks (N, L, D), prompts; preserve is latents and prompts.
     """
+    world = PartialState()
     rng = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-    i = torch.randperm(len(forget[0]), generator=rng)[:args.batch].tolist()
-    j = torch.randperm(len(preserve[0]), generator=rng)[:args.batch].tolist()
+    i = torch.randperm(len(forget[0]), generator=rng)[:args.batch * world.num_processes].tolist()
+    j = torch.randperm(len(preserve[0]), generator=rng)[:args.batch * world.num_processes].tolist()
     x = torch.cat([forget[0][i], preserve[0][j]])  # (2B, L, D)
     prompts = [forget[2][k] for k in i] + [preserve[1][k] for k in j]
     states, pooled = (torch.stack([embeds[p][k] for p in prompts]) for k in (0, 1))  # (2B, T, E), (2B, P)
@@ -155,11 +164,12 @@ def batch_of(step, forget, preserve, embeds, args, device):
         sigma = torch.randn(len(x), generator=rng).sigmoid()  # (2B,)
     else:
         sigma = torch.rand(len(x), generator=rng)  # (2B,)  ~ U(0, 1)
-    for part in range(args.accumulate):  # the gate is per sample: a split batch has the same gradient
-        mine = list(range(part, len(i), args.accumulate))
+    parts = args.accumulate * world.num_processes
+    for part in range(world.process_index, parts, world.num_processes):
+        mine = list(range(part, len(i), parts))  # the gate is per sample: a split batch has the same gradient
         rows = mine + [len(i) + k for k in mine if k < len(j)]
         data = x[rows], forget[1][i][mine], states[rows], pooled[rows], sigma[rows], eps[rows]
-        yield [tensor.to(device) for tensor in data]
+        yield [tensor.to(args.device) for tensor in data]
 
 def save_lora(transformer, folder):
     """pytorch_lora_weights.safetensors as FluxPipeline.load_lora_weights reads it; whole or not at all."""
@@ -176,9 +186,16 @@ def add_lora(transformer, rank, seed):
     cast_training_params(transformer, torch.float32)
     return [p for p in transformer.parameters() if p.requires_grad]
 
-def train(transformer, forget, preserve, embeds, args):
-    """The loop. LoRA and optimiser state go to checkpoint.pt, one row a step to log.csv."""
+def train(pipe, forget, preserve, embeds, presets, args):
+    """The loop. LoRA and optimiser state go to checkpoint.pt, one row a step to log.csv.
+
+    forget: batch_of's, one a concept; presets: its part of Table 6, as iteration takes it from args.
+    """
+    transformer, main_process = pipe.transformer, PartialState().is_main_process
     params = add_lora(transformer, args.rank, args.seed)
+    place(pipe, args)
+    if not args.offload:
+        pipe.vae.to("cpu")  # makes room
     if args.checkpointing:
         transformer.enable_gradient_checkpointing()
     if args.optimizer == "prodigy":
@@ -186,52 +203,69 @@ def train(transformer, forget, preserve, embeds, args):
                             d0=args.d0, use_bias_correction=True, safeguard_warmup=True)
     else:
         optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=1e-4)
-    checkpoint, start, rows = args.out / "checkpoint.pt", 0, []
-    if checkpoint.exists():
+    checkpoint, previous = args.out / "checkpoint.pt", args.out / "checkpoint-previous.pt"
+    source, start, rows = previous if args.previous_checkpoint else checkpoint, 0, []
+    if source.exists():
         try:
-            state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+            state = torch.load(source, map_location="cpu", weights_only=True)
+            if state["lora"].keys() != get_peft_model_state_dict(transformer).keys():
+                raise ValueError
             set_peft_model_state_dict(transformer, state["lora"])
             optimizer.load_state_dict(state["optimizer"])
             start, rows = state["step"], state["rows"]
         except Exception:  # cut short or foreign: torch has many names for it
-            die(f"{checkpoint}: cannot be read; delete it to train from step 0", 1)
+            other = "go on from the one before it with --previous-checkpoint, or " * previous.exists()
+            die(f"{source}: cannot be read; {other}delete both to train from step 0", 1)
+    elif args.previous_checkpoint:
+        die(f"--previous-checkpoint: there is no {previous}", 1)
 
     def stop(why):
         good = f"{checkpoint} holds the last good state" if checkpoint.exists() else "nothing was saved yet"
         die(f"{why}; {good}: lower --lr or --eta and use another --out", 1)
 
-    bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc="train")
+    bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc="train",
+               disable=not main_process)
     for step in bar:
-        tick, seen = time.perf_counter(), []
-        for part in batch_of(step, forget, preserve, embeds, args, transformer.device):
+        tick, seen, turn = time.perf_counter(), [], step % len(forget)  # one concept a step, in turn
+        for part in batch_of(step, forget[turn], preserve, embeds, args):
             try:
-                loss, info = iteration(transformer, *part, args)
+                loss, info = iteration(transformer, *part, presets[turn])
             except ValueError as error:  # inpo.py refuses NaN
                 stop(f"step {step}: {error}")
             (loss / args.accumulate).backward()
             seen.append(info | dict(loss=loss.detach()[None]))
-        info = {k: torch.cat([s[k] for s in seen]).float().cpu() for k in seen[0]}
+        info = {k: gather(torch.cat([s[k] for s in seen]).float()).cpu() for k in seen[0]}
+        for p in params:
+            p.grad = reduce(p.grad, "mean")  # over the processes of accelerate launch
         norm = torch.nn.utils.get_total_norm([p.grad for p in params])
         if not math.isfinite(info["loss"].mean()) or not math.isfinite(norm):
             stop(f"step {step}: loss {info['loss'].mean():.4g}, gradient norm {norm:.4g}")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         d_lr = optimizer.param_groups[0].get("d", 1.0) * args.lr  # Prodigy's own step size
-        row = dict(step=step) | {k: v.mean().item() for k, v in info.items() if k != "sigma"}
+        row = dict(step=step, concept=args.concept[turn])
+        row |= {k: v.mean().item() for k, v in info.items() if k != "sigma"}
         row |= dict(grad_norm=float(norm), d_lr=d_lr, seconds=time.perf_counter() - tick)
         row |= {k + "_each": " ".join(f"{v:.4f}" for v in info[k].tolist()) for k in ("sigma", "dS")}
         rows.append(row)
         bar.set_postfix_str(f"dS {row['dS']:.3f} alpha {row['alpha']:.3f}")
+        if not main_process:
+            continue
         if args.save_every and (step + 1) % args.save_every == 0:
             save_lora(transformer, args.out / f"step-{step + 1}")
         if (step + 1) % args.checkpoint_every == 0 or step + 1 == args.steps:
             state = dict(lora=get_peft_model_state_dict(transformer), optimizer=optimizer.state_dict(),
                          step=step + 1, rows=rows)
+            if checkpoint.exists() and source == checkpoint:  # else the last is the broken one
+                with whole(previous) as half:
+                    shutil.copyfile(checkpoint, half)
+            source = checkpoint
             with whole(checkpoint) as half:
                 torch.save(state, half)
             lines = [",".join(map(str, line)) for line in (rows[0], *(r.values() for r in rows))]
             write_text(args.out / "log.csv", "\n".join(lines) + "\n")
-    save_lora(transformer, args.out)
+    if main_process:
+        save_lora(transformer, args.out)
     return rows
 
 def draw_curves(rows, path):
@@ -264,48 +298,77 @@ def draw_before_after(pipe, embeds, groups, path, args, columns=6):
         titles += [f"{title}: before", f"{title}: after"]
     contact_sheet(images, path, columns, titles=titles)
 
+def picture_groups(concepts):
+    """What before_after.png shows, {title: prompts}: each concept alone, none of them, two at once."""
+    groups = {concept["name"]: concept["eval"] for concept in concepts}
+    others = {key: [o for c in concepts for o in c[key] if not mentions(o, concepts)]
+              for key in ("neighbours", "unrelated", "unseen")}
+    things = [c["concept"][0] for c in concepts if c["task"] != "style"]  # a style stands in no pair
+    groups |= dict(neighbours=others["neighbours"], unrelated=others["unrelated"])
+    groups["pairs"] = [f"{t} and {o}" for o in others["unrelated"] + others["unseen"] for t in things]
+    groups["together"] = [f"{a} and {b}" for a, b in itertools.combinations(things, 2)]
+    return {title: prompts for title, prompts in groups.items() if prompts}
+
 def main(args):
-    concept = setup(args)
-    preset = TABLE6[concept["task"]] | dict(lr=dict(prodigy=0.7, adamw=1e-3)[args.optimizer])
-    for key, value in preset.items():
-        if getattr(args, key) is None:
-            setattr(args, key, value)
+    concepts = setup(args)
+    given = {key: getattr(args, key) for key in TABLE6["object"] if getattr(args, key) is not None}
+    table6 = [TABLE6[concept["task"]] | given for concept in concepts]
+    presets = [argparse.Namespace(**vars(args) | preset) for preset in table6]
+    args.steps = args.steps or sum(preset["steps"] for preset in table6)
+    args.lr = args.lr or dict(prodigy=0.7, adamw=1e-3)[args.optimizer]
     if args.batch % args.accumulate:
         die(f"--accumulate {args.accumulate} does not divide --batch {args.batch}")
-    if args.batch > min(args.n_forget, 8 * args.n_preserve):
-        die(f"--batch {args.batch}: above --n-forget {args.n_forget} or 8 x --n-preserve {args.n_preserve}")
-    # what a resumed run may change
-    apart = "out device save_every checkpoint_every checkpointing min_found".split()
+    forget, preserve = plan_sets(concepts, args)
+    batch = args.batch * PartialState().num_processes
+    if batch > min(args.n_forget, len(preserve) * args.n_preserve):
+        die(f"--batch {batch}: above the {args.n_forget} forget (--n-forget) or "
+            f"{len(preserve)} x {args.n_preserve} preserved images (--n-preserve)")
+    # what a resumed run may change, and what is each concept's own
+    apart = ("out device save_every checkpoint_every checkpointing previous_checkpoint offload min_found "
+             "eta gamma tau lambda_prior").split()
     settings = {k: v for k, v in vars(args).items() if k not in apart}
+    settings |= {f"{c['name']}.{k}": v for c, preset in zip(concepts, table6) for k, v in preset.items()}
     resumed = (args.out / "checkpoint.pt").exists()  # until then images and masks stand by their own records
     if resumed:
         check_settings(args.out / "args.json", settings, f"--out {args.out}")
-    sets = plan_sets(concept, args)
-    check_masks(args.out / "forget", concept, args)
-    if not resumed:  # its versions and commit are those of the first step
+    for (folder, *_), concept in zip(forget, concepts):
+        check_masks(folder, concept, args)
+    main_process = PartialState().is_main_process
+    if main_process and not resumed:  # its versions and commit are those of the first step
         keep_settings(args.out / "args.json", settings)
-    groups = dict(target=concept["eval"], neighbours=concept["neighbours"], unrelated=concept["unrelated"])
-    if concept["task"] != "style":
-        partners = concept["unrelated"] + concept["unseen"]
-        groups["pairs"] = [f"{concept['concept'][0]} and {other}" for other in partners]
-    wanted = [p for _, _, prompts, _ in sets for p in prompts]
+    groups = picture_groups(concepts)
+    wanted = [p for _, _, prompts, _ in forget + preserve for p in prompts]
     wanted += [p for prompts in groups.values() for p in prompts]
-    embeds = encode_prompts(args.model, wanted, args.device, args.dtype)
-    pipe = load_denoiser(args.model, args.device, args.dtype)
-    forget_set, preserve_set = sample_all(pipe, embeds, sets, args)  # Algorithm 1, step 1
-    kept = make_masks([file for file, _ in forget_set], concept, args)
-    if len(kept) < args.batch:
-        die(f"only {len(kept)} forget images have a mask, under --batch {args.batch}: raise --n-forget", 1)
-    x, mask = encode_images(pipe, kept, args.size, [file.with_suffix(".mask.png") for file in kept])
-    mask = torch.ones_like(mask) if args.mask == "full" else mask  # (N, L, D)
-    forget = x, mask, [dict(forget_set)[file] for file in kept]
-    files, texts = zip(*preserve_set)
-    preserve = encode_images(pipe, files, args.size)[0], texts
-    pipe.vae.to("cpu")  # makes room for training
-    rows = train(pipe.transformer, forget, preserve, embeds, args)  # Algorithm 1, lines 2 to 6
-    pipe.vae.to(args.device)
+    with stage("prompts", args.out):
+        embeds = encode_prompts(args.model, wanted, args.device, args.dtype)
+    with stage("sample", args.out):  # Algorithm 1, step 1
+        D_ES, D_PR = sample_all(embeds, forget, preserve, args)
+    with stage("masks", args.out), PartialState().main_process_first():
+        kept = [make_masks([file for file, _ in found], c, args) for found, c in zip(D_ES, concepts)]
+    for concept, files in zip(concepts, kept):
+        if len(files) < batch:
+            die(f"{concept['name']}: only {len(files)} forget images have a mask, under --batch {batch}: "
+                "raise --n-forget", 1)
+    with stage("latents", args.out):
+        vae = AutoencoderKL.from_pretrained(args.model, subfolder="vae", dtype=args.dtype).to(args.device)
+        forget = []
+        for found, files in zip(D_ES, kept):
+            x, mask = encode_images(vae, files, args.size, [file.with_suffix(".mask.png") for file in files])
+            mask = torch.ones_like(mask) if args.mask == "full" else mask  # (N, L, D)
+            forget.append((x, mask, [dict(found)[file] for file in files]))
+        files, texts = zip(*D_PR)
+        preserve = encode_images(vae, files, args.size)[0], texts
+        del vae
+    with stage("train", args.out):  # Algorithm 1, lines 2 to 6
+        pipe = load_denoiser(args)
+        rows = train(pipe, forget, preserve, embeds, presets, args)
+    if not main_process:
+        return
     draw_curves(rows, args.out / "curves.png")
-    draw_before_after(pipe, embeds, groups, args.out / "before_after.png", args)
+    with stage("pictures", args.out):
+        if not args.offload:
+            pipe.vae.to(args.device)
+        draw_before_after(pipe, embeds, groups, args.out / "before_after.png", args)
     print(f"{args.out}: dS {rows[-1]['dS']:.2f}; look at before_after.png and curves.png")
 
 if __name__ == "__main__":
