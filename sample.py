@@ -370,29 +370,35 @@ def keep_settings(path, settings):
     write_text(path, json.dumps(record, indent=1, default=str))
 
 @contextlib.contextmanager
-def stage(name, out):
-    """A block of work whose peak memory is printed and kept in out/stages.csv: seconds, GiB of RSS and CUDA.
-
-    What it has loaded is freed before the next: never two large models at once.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    process, over, peak, start = psutil.Process(), threading.Event(), [0], time.perf_counter()
+def peak_memory():
+    """-> a list of one number: at the end of the block the most bytes of RSS that a thread saw during it."""
+    process, over = psutil.Process(), threading.Event()
+    peak = [process.memory_info().rss]
 
     def watch():
-        while not over.wait(0.01):
-            peak.append(max(peak.pop(), process.memory_info().rss))
+        while not over.wait(0.005):
+            peak[0] = max(peak[0], process.memory_info().rss)
 
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
-        yield
+        yield peak
     finally:
         over.set()
         watcher.join()
-        gc.collect()
-        torch.cuda.empty_cache()
+
+@contextlib.contextmanager
+def stage(name, out):
+    """A block of work whose time and peak memory are printed and kept in out/stages.csv: seconds, GiB of RSS
+    and of CUDA. What it has loaded is freed before the next: never two large models at once."""
+    out.mkdir(parents=True, exist_ok=True)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    with peak_memory() as peak:
+        yield peak
+    gc.collect()
+    torch.cuda.empty_cache()
     seconds, rss = time.perf_counter() - start, peak[0] / 2**30
     cuda = torch.cuda.max_memory_allocated() / 2**30
     if PartialState().is_main_process:

@@ -186,6 +186,12 @@ def add_lora(transformer, rank, seed):
     cast_training_params(transformer, torch.float32)
     return [p for p in transformer.parameters() if p.requires_grad]
 
+def make_optimizer(params, args):
+    if args.optimizer == "adamw":
+        return torch.optim.AdamW(params, lr=args.lr, weight_decay=1e-4)
+    return Prodigy(params, lr=args.lr, betas=(0.9, 0.999), weight_decay=1e-4, decouple=True, d0=args.d0,
+                   use_bias_correction=True, safeguard_warmup=True)
+
 def train(pipe, forget, preserve, embeds, presets, args):
     """The loop. LoRA and optimiser state go to checkpoint.pt, one row a step to log.csv.
 
@@ -198,11 +204,7 @@ def train(pipe, forget, preserve, embeds, presets, args):
         pipe.vae.to("cpu")  # makes room
     if args.checkpointing:
         transformer.enable_gradient_checkpointing()
-    if args.optimizer == "prodigy":
-        optimizer = Prodigy(params, lr=args.lr, betas=(0.9, 0.999), weight_decay=1e-4, decouple=True,
-                            d0=args.d0, use_bias_correction=True, safeguard_warmup=True)
-    else:
-        optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=1e-4)
+    optimizer = make_optimizer(params, args)
     checkpoint, previous = args.out / "checkpoint.pt", args.out / "checkpoint-previous.pt"
     source, start, rows = previous if args.previous_checkpoint else checkpoint, 0, []
     if source.exists():

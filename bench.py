@@ -1,0 +1,368 @@
+"""What a run costs: planned from the configs alone, measured, and proven at FLUX.1-dev's full size on a CPU.
+
+    python bench.py --plan                             # FLUX.1-dev: memory, work, and the cards that it fits
+    python bench.py --memory --model emoji-flux        # the plan beside what train.py's stages take
+    python bench.py --step --model emoji-flux          # train.py's step beside a bare loop of the same work
+    python bench.py --proof                            # 11.9 B weights in int8, two steps of INPO, 18 GiB
+
+Nothing is downloaded but configs, and for FLUX.1 not even those. A plan runs the real networks on tensors
+that have shapes and no memory, and counts what lives at once.
+"""
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from sample import WEIGHT_BYTES, die, guarded, number
+
+def arguments(given=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = die
+    what = parser.add_mutually_exclusive_group(required=True)
+    for flag in ("plan", "memory", "step", "proof"):
+        what.add_argument(f"--{flag}", action="store_true")
+    parser.add_argument("--model", default="black-forest-labs/FLUX.1-dev", help="default %(default)s")
+    parser.add_argument("--size", type=number(int), help="pixels a side (default: the VAE's sample_size)")
+    parser.add_argument("--batch", type=number(int), default=1, help="forget images a step (default 1)")
+    parser.add_argument("--sample-batch", type=number(int), default=1, help="images at once (default 1)")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="of what is frozen")
+    parser.add_argument("--out", type=Path, default=Path("out/bench"), help="default %(default)s")
+    return parser.parse_args(given)
+
+ARGS = arguments() if __name__ == "__main__" else None  # before the slow imports: --help answers at once
+
+import ctypes  # noqa: E402
+import gc  # noqa: E402
+import shutil  # noqa: E402
+import time  # noqa: E402
+import weakref  # noqa: E402
+
+import psutil  # noqa: E402
+import torch  # noqa: E402
+from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel  # noqa: E402
+from huggingface_hub import hf_hub_download  # noqa: E402
+from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils._pytree import tree_leaves  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
+from segment_anything import sam_model_registry  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel  # noqa: E402
+
+import train  # noqa: E402
+from inpo import inpo_loss  # noqa: E402
+from sample import generate, load_denoiser, peak_memory, place, stage  # noqa: E402
+
+GIB = 2**30
+# FLUX.1's published configs, where they differ from the classes' defaults; schnell has no guidance
+T5_LENGTH, CLIP_LENGTH = 512, 77
+FLUX = dict(
+    transformer=dict(guidance_embeds=True),
+    text_encoder=dict(hidden_size=768, intermediate_size=3072, num_attention_heads=12, projection_dim=768),
+    text_encoder_2=dict(d_model=4096, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu"),
+    vae=dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=16, sample_size=1024,
+             down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
+             use_quant_conv=False, use_post_quant_conv=False))
+
+def config_of(model, part):
+    """A network's config: the folder's, FLUX.1's as published, or the hub's."""
+    if model in ("black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-schnell"):
+        return FLUX[part] | (dict(guidance_embeds=model.endswith("dev")) if part == "transformer" else {})
+    here = Path(model) / part / "config.json"
+    try:
+        path = here if Path(model).is_dir() else hf_hub_download(model, f"{part}/config.json")
+        return json.loads(Path(path).read_text())
+    except Exception as error:  # every HTTP stack has a class of its own for "no network"
+        die(f"--model {model}: no {part}/config.json, here or on the hub ({type(error).__name__})")
+
+def build(part, config, **changed):
+    """A pipeline's network on the meta device: shapes, no memory."""
+    config = {k: v for k, v in config.items() if not k.startswith("_")} | changed
+    with torch.device("meta"):
+        if part == "text_encoder":
+            return CLIPTextModel(CLIPTextConfig(**config)).requires_grad_(False)
+        if part == "text_encoder_2":
+            return T5EncoderModel(T5Config(**config)).requires_grad_(False)
+        network = dict(transformer=FluxTransformer2DModel, vae=AutoencoderKL)[part]
+        return network.from_config(config).requires_grad_(False)
+
+class Peak(TorchDispatchMode):
+    """Counts the bytes of all storages that live at once, and the most of them, but for the weights."""
+    def __init__(self, network):
+        super().__init__()
+        weights = {tensor.untyped_storage() for tensor in (*network.parameters(), *network.buffers())}
+        self.live, self.most, self.known = 0, 0, weakref.WeakSet(weights)
+
+    def free(self, n_bytes):
+        self.live -= n_bytes
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage() not in self.known:
+                storage = tensor.untyped_storage()
+                self.known.add(storage)
+                self.live += storage.nbytes()
+                self.most = max(self.most, self.live)
+                weakref.finalize(storage, self.free, storage.nbytes())
+        return out
+
+def watch(network, work, dtype):
+    """work(network) on a network without memory -> bytes at the peak, bytes kept after it, FLOP."""
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu"):
+        for module in network.modules():
+            for name, p in list(module.named_parameters(recurse=False)):  # a LoRA stays float32
+                empty = torch.empty(p.shape, dtype=torch.float32 if p.requires_grad else dtype)
+                module._parameters[name] = torch.nn.Parameter(empty, requires_grad=p.requires_grad)
+        with Peak(network) as peak, FlopCounterMode(display=False) as flops:
+            kept = work(network)  # noqa: F841  holds the graph
+        return peak.most, peak.live, flops.get_total_flops()
+
+def predict(batch, tokens, texts, backward=None):
+    """What watch() runs: a prediction of a batch; backward: None no graph, False kept, True gone through."""
+    def work(network):
+        c, dtype = network.config, next(p.dtype for p in network.parameters() if not p.requires_grad)
+        z = torch.empty(batch, tokens, c.in_channels, dtype=dtype)
+        states = torch.empty(batch, texts, c.joint_attention_dim, dtype=dtype)
+        pooled = torch.empty(batch, c.pooled_projection_dim, dtype=dtype)
+        with torch.set_grad_enabled(backward is not None):
+            v = train.predict(network, z, torch.empty(batch), states, pooled, 1.0)
+        return v.float().square().mean().backward() if backward else v
+    return work
+
+def call(method, *shape, dtype=None):
+    def work(network):
+        with torch.no_grad():
+            return getattr(network, method)(torch.empty(shape, dtype=dtype or next(network.parameters()).dtype))
+    return work
+
+def plan(args, texts=None, states=3.5):
+    """-> {stage: {how: bytes}}, {unit of work: FLOP}, (LoRA's modules, tensors, parameters), all parameters.
+
+    How: a --quantize, or "offload". states: the optimiser's tensors a LoRA parameter; Prodigy keeps three, and
+    the first value of those that are not 0 at first, which is A's half.
+    """
+    dtype = getattr(torch, args.dtype)
+    config = {part: config_of(args.model, part) for part in FLUX}
+    numel = {part: sum(p.numel() for p in build(part, config[part]).parameters()) for part in FLUX}
+    vae = build("vae", config["vae"])
+    size = args.size or config["vae"]["sample_size"]
+    side = size // 2 ** (len(vae.config.block_out_channels) - 1)  # latent cells
+    tokens, texts, B = side * side // 4, texts or text_length(args.model), 2 * args.batch
+
+    def flux(checkpointing=False, **changed):
+        network = build("transformer", config["transformer"], **changed)
+        train.add_lora(network, 4, 0)
+        if checkpointing:
+            network.enable_gradient_checkpointing()
+        return network
+
+    tuned = flux()
+    lora = [p.numel() for p in tuned.parameters() if p.requires_grad]
+    linears = [m.weight.numel() for m in tuned.modules() if isinstance(m, torch.nn.Linear)]
+    blocks = [sum(p.numel() for p in kind[0].parameters())
+              for kind in (tuned.transformer_blocks, tuned.single_transformer_blocks)]
+    text, _, text_flop = watch(build("text_encoder_2", config["text_encoder_2"]),
+                               call("forward", 1, texts, dtype=torch.int64), dtype)
+    latents = args.sample_batch, vae.config.latent_channels, side, side
+    decoded, _, decode_flop = watch(vae, call("decode", *latents), dtype)
+    encoded, _, encode_flop = watch(vae, call("encode", 1, 3, size, size), dtype)
+    drawn, _, flop = watch(build("transformer", config["transformer"]),
+                           predict(args.sample_batch, tokens, texts), dtype)
+    plain = watch(tuned, predict(B, tokens, texts, True), dtype)[0]
+    # with checkpointing: what all blocks are given, and within one block at a time
+    given = watch(flux(checkpointing=True), predict(B, tokens, texts, False), dtype)[1]
+    within = max(watch(flux(num_layers=k, num_single_layers=1 - k), predict(B, tokens, texts, True), dtype)[0]
+                 for k in (0, 1))
+    with torch.device("meta"):
+        sam = sam_model_registry["vit_h"]().requires_grad_(False)
+    masks = watch(sam, call("image_encoder", 1, 3, 1024, 1024), torch.float32)[0]
+    whole, block, layer = (n * dtype.itemsize for n in (numel["transformer"], max(blocks), max(linears)))
+    found = {name: {} for name in ("prompts", "sample", "masks", "latents", "train", "train --checkpointing")}
+    for how in (*WEIGHT_BYTES, "offload"):
+        each = WEIGHT_BYTES.get(how) or dtype.itemsize
+        resident = 0 if how == "offload" else numel["transformer"] * each
+        # weights that become dtype, or visit, when they are used; autograd keeps them but for nf4's
+        used, kept = (0 if how == "none" else layer), how in ("int8", "offload")
+        vae_bytes, optimizer = numel["vae"] * dtype.itemsize, 4 * sum(lora) * (2 + states)
+        found["prompts"][how] = (numel["text_encoder"] + numel["text_encoder_2"]) * dtype.itemsize + text
+        found["sample"][how] = resident + vae_bytes + max(decoded, drawn + used)
+        found["masks"][how] = 4 * sum(p.numel() for p in sam.parameters()) + masks
+        found["latents"][how] = vae_bytes + encoded
+        found["train"][how] = resident + optimizer + plain + max(used, kept * whole)
+        found["train --checkpointing"][how] = resident + optimizer + given + within + max(used, kept * block)
+    work = dict(text=text_flop, forward=flop / args.sample_batch, decode=decode_flop / args.sample_batch,
+                encode=encode_flop)
+    return found, work, (len(lora) // 2, len(lora), sum(lora)), sum(numel.values())
+
+def text_length(model):
+    """T5's length in tokens."""
+    config = Path(model) / "tokenizer_2" / "tokenizer_config.json"
+    return json.loads(config.read_text())["model_max_length"] if config.exists() else 512
+
+def show_plan(args):
+    found, work, lora, numel = plan(args)
+    print(f"{args.model}: {numel:,} parameters; LoRA of rank 4: {lora[0]} modules, {lora[1]} tensors, "
+          f"{lora[2]:,} parameters")
+    print(f"\nGiB at the peak, {args.dtype}, {args.batch} + {args.batch} images a step, {args.sample_batch} sampled "
+          "at once; computed")
+    print(f"{'stage':24}" + "".join(f"{how:>10}" for how in found["train"]))
+    for name, row in found.items():
+        print(f"{name:24}" + "".join(f"{n_bytes / GIB:10.2f}" for n_bytes in row.values()))
+    for name in ("train", "train --checkpointing"):
+        cells = []
+        for how in found[name]:
+            need = max(row[how] for stage_name, row in found.items()
+                       if stage_name == name or not stage_name.startswith("train")) / GIB
+            cells.append(next((f"{card} GB" for card in (16, 24, 40, 80) if need < 0.95 * card), "none"))
+        print(f"{'card, ' + name:24}" + "".join(f"{cell:>10}" for cell in cells))
+    images, steps, forward = 50 + 8 * 25, 300, work["forward"] / 1e12
+    print(f"\nwork by the defaults, a forward of one image being {forward:.3g} TFLOP; computed")
+    for name, forwards, more in (
+            (f"sample, {images} images x 28 steps", images * 28, images * work["decode"]),
+            (f"latents, {images} images", 0, images * work["encode"]),
+            (f"train, {steps} steps", steps * 2 * args.batch * 3, 0),
+            ("train --checkpointing", steps * 2 * args.batch * 4, 0)):
+        print(f"{name:32}{forwards:>8,} forwards{forwards * forward + more / 1e12:>12,.0f} TFLOP")
+
+def random_run(model, out, batch, *flags):
+    """train.py's arguments, and what train.train takes, of random latents: what a step costs is not in them."""
+    run = train.arguments(["--model", model, "--concept", "cat", "--out", str(out), "--batch", str(batch), *flags])
+    train.setup(run)
+    run.lr, preset = run.lr or 0.7, argparse.Namespace(**train.TABLE6["object"] | vars(run) | train.TABLE6["object"])
+    config, rng = config_of(model, "transformer"), torch.Generator().manual_seed(0)
+    side = run.size // 2 ** (len(config_of(model, "vae")["block_out_channels"]) - 1)
+    x = torch.randn(batch, side * side // 4, config["in_channels"], generator=rng)  # (N, L, D)
+    embeds = {"": (torch.randn(text_length(model), config["joint_attention_dim"], generator=rng).to(run.dtype),
+                   torch.randn(config["pooled_projection_dim"], generator=rng).to(run.dtype))}
+    texts = [""] * batch
+    return run, ([(x, torch.ones_like(x), texts)], (x, texts), embeds, [preset])
+
+def measure_memory(args):
+    """The plan beside the peaks of train.py's own stages, above what the process holds before each."""
+    process = psutil.Process()
+    print(f"{'batch':>6} {'stage':24}{'planned':>10}{'measured':>10}  MiB above idle")
+    for batch in (16, 64, 128):
+        for flags in ((), ("--checkpointing",)):
+            shutil.rmtree(args.out, ignore_errors=True)
+            run, data = random_run(args.model, args.out, batch, "--steps", "3", *flags)
+            args.batch, args.sample_batch, args.dtype = batch, batch, str(run.dtype)[6:]
+            planned = plan(args)[0]
+            gc.collect()
+            idle = process.memory_info().rss
+            if not flags:
+                with stage("sample", args.out) as peak:
+                    pipe = place(load_denoiser(run), run)
+                    generate(pipe, data[2], [""] * batch, range(batch), 3, 3.5, run.size)
+                    del pipe
+                print_pair(batch, "sample", planned, peak, idle)
+                idle = process.memory_info().rss
+            with stage("train", args.out) as peak:
+                train.train(load_denoiser(run), *data, run)
+            print_pair(batch, " ".join(("train", *flags)), planned, peak, idle)
+
+def print_pair(batch, name, planned, peak, idle):
+    print(f"{batch:6} {name:24}{planned[name]['none'] / 2**20:10.0f}{(peak[0] - idle) / 2**20:10.0f}")
+
+def measure_step(args, rounds=20):
+    """train.py's step against a bare loop: the same forwards, backward, optimizer, threads, cached inputs."""
+    run, (forget, preserve, embeds, (preset,)) = random_run(args.model, args.out, args.batch)
+    sides = {}
+    for name in ("train.py", "bare loop"):
+        transformer = place(load_denoiser(run), run).transformer
+        params = train.add_lora(transformer, run.rank, 0)
+        sides[name] = transformer, params, train.make_optimizer(params, run)
+    cached = next(iter(train.batch_of(0, forget[0], preserve, embeds, run)))
+
+    def ours(transformer, params, optimizer, step):
+        for part in train.batch_of(step, forget[0], preserve, embeds, run):
+            train.iteration(transformer, *part, preset)[0].backward()
+        torch.nn.utils.get_total_norm([p.grad for p in params])
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def bare(transformer, params, optimizer, step):
+        x, mask, states, pooled, sigma, eps = cached
+        t = sigma[:, None, None]
+        z, target, half = (1 - t) * x + t * eps, eps - x, len(mask)
+        transformer.disable_adapters()
+        with torch.no_grad():
+            v_ref = train.predict(transformer, z, sigma, states, pooled, run.guidance)
+        transformer.enable_adapters()
+        v = train.predict(transformer, z, sigma, states, pooled, run.guidance)
+        dS = ((v[:half] - target[:half]) ** 2).mean((1, 2)) - ((v_ref[:half] - target[:half]) ** 2).mean((1, 2))
+        loss = (2 * torch.sigmoid(-3 * (dS - 0.1)) * torch.nn.functional.softplus(-dS)).mean()
+        (loss + 0.6 * (v[half:] - v_ref[half:]).square().mean()).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    process, seconds, peaks = psutil.Process(), dict(ours=[], bare=[]), dict(ours=[], bare=[])
+    for step in tqdm(range(rounds), desc="interleaved steps"):
+        for work, side in ((ours, sides["train.py"]), (bare, sides["bare loop"])):
+            gc.collect()
+            idle, start = process.memory_info().rss, time.perf_counter()
+            with peak_memory() as peak:
+                work(*side, step)
+            seconds[work.__name__].append(time.perf_counter() - start)
+            peaks[work.__name__].append(peak[0] - idle)
+    for what, found, unit in (("time", seconds, 1e-3), ("memory above idle", peaks, 2**20)):
+        mine, other = (sorted(found[name])[rounds // 2] / unit for name in ("ours", "bare"))
+        print(f"{what}: train.py {mine:.0f}, bare loop {other:.0f} {'ms' if unit < 1 else 'MiB'}, "
+              f"ratio {mine / other:.3f}")
+
+def proof(args):
+    """FLUX.1-dev's transformer, 11.9 B random int8 weights, two steps by train.py's own loss function."""
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    idle = psutil.Process().memory_info().rss
+    run = argparse.Namespace(loss="inpo", beta=1.0, detach_gate=False, guidance=1.0, **train.TABLE6["object"])
+    with stage("build", args.out) as build_peak:
+        transformer = build("transformer", FLUX["transformer"])
+        layers = [m for m in transformer.modules() if list(m.parameters(recurse=False))]
+        torch.manual_seed(0)
+        for layer in tqdm(layers, desc="random int8 weights"):
+            layer.to_empty(device="cpu")
+            if isinstance(layer, torch.nn.Linear):
+                layer.reset_parameters()
+                quantize_(layer, Int8WeightOnlyConfig(version=2))
+            else:
+                torch.nn.init.ones_(layer.weight)
+    params = train.add_lora(transformer.requires_grad_(False), 4, 0)
+    transformer.enable_gradient_checkpointing()
+    optimizer, rng = torch.optim.AdamW(params, lr=1e-3), torch.Generator().manual_seed(0)
+    x, eps = (torch.randn(2, 16, 64, generator=rng) for _ in "xe")  # (2B, L, D): 64 px
+    data = x, torch.ones(1, 16, 64), torch.randn(2, 32, 4096, generator=rng), torch.randn(2, 768, generator=rng)
+    losses = []
+    with stage("train", args.out) as train_peak:
+        for step in range(3):
+            start = time.perf_counter()
+            loss, info = train.iteration(transformer, *data, torch.tensor([0.5, 0.5]), eps, run)
+            losses.append(inpo_loss(info["dS"], run.eta, run.gamma, run.tau).item())
+            print(f"step {step}: dS {info['dS'].item():.6g}, INPO loss {losses[-1]:.6f}, prior "
+                  f"{info['prior'].item():.3g}, {time.perf_counter() - start:.0f} s to the loss")
+            if step == 0 and info["dS"].item() != 0:
+                die("--proof: dS is not exactly 0 before the first step", 1)
+            if step < 2:
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+    train.save_lora(transformer, args.out)
+    saved = train.get_peft_model_state_dict(transformer)
+    loaded = FluxPipeline.lora_state_dict(args.out)
+    same = all(torch.equal(loaded[f"transformer.{name}"], value) for name, value in saved.items())
+    args.batch, args.size, args.dtype = 1, 64, "float32"
+    planned = plan(args, texts=32, states=2)[0]["train --checkpointing"]["int8"]
+    peak = max(build_peak[0], train_peak[0])
+    print(f"LoRA: {sum(p.numel() for p in params):,} parameters, saved and loaded again: "
+          f"{'the same' if same else 'NOT the same'}; loss {' > '.join(f'{v:.6f}' for v in losses)}")
+    print(f"peak {peak / GIB:.2f} GiB of RSS; above idle {(peak - idle) / GIB:.2f}, planned {planned / GIB:.2f}")
+    if not (same and losses[0] > losses[1] > losses[2]):
+        die("--proof: failed", 1)
+
+def main(args):
+    if not (args.plan or args.proof):  # else freed memory stays in the process, and RSS says little
+        ctypes.CDLL(None).mallopt(-3, 65536)  # M_MMAP_THRESHOLD of glibc
+    {"plan": show_plan, "memory": measure_memory, "step": measure_step,
+     "proof": proof}[next(name for name in ("plan", "memory", "step", "proof") if getattr(args, name))](args)
+
+if __name__ == "__main__":
+    guarded(main, ARGS)
