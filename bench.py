@@ -10,13 +10,13 @@ that have shapes and no memory, and counts what lives at once.
 """
 import argparse
 import json
-import sys
 from pathlib import Path
 
 from sample import WEIGHT_BYTES, die, guarded, number
 
 def arguments(given=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.error = die
     what = parser.add_mutually_exclusive_group(required=True)
     for flag in ("plan", "memory", "step", "proof"):
@@ -25,7 +25,8 @@ def arguments(given=None):
     parser.add_argument("--size", type=number(int), help="pixels a side (default: the VAE's sample_size)")
     parser.add_argument("--batch", type=number(int), default=1, help="forget images a step (default 1)")
     parser.add_argument("--sample-batch", type=number(int), default=1, help="images at once (default 1)")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="of what is frozen")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16",
+                        help="of what is frozen (default bfloat16)")
     parser.add_argument("--out", type=Path, default=Path("out/bench"), help="default %(default)s")
     return parser.parse_args(given)
 
@@ -55,14 +56,14 @@ from sample import generate, load_denoiser, peak_memory, place, stage  # noqa: E
 
 GIB = 2**30
 # FLUX.1's published configs, where they differ from the classes' defaults; schnell has no guidance
-T5_LENGTH, CLIP_LENGTH = 512, 77
 FLUX = dict(
     transformer=dict(guidance_embeds=True),
     text_encoder=dict(hidden_size=768, intermediate_size=3072, num_attention_heads=12, projection_dim=768),
-    text_encoder_2=dict(d_model=4096, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu"),
-    vae=dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=16, sample_size=1024,
-             down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
-             use_quant_conv=False, use_post_quant_conv=False))
+    text_encoder_2=dict(d_model=4096, d_ff=10240, num_layers=24, num_heads=64,
+                        feed_forward_proj="gated-gelu"),
+    vae=dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=16,
+             sample_size=1024, down_block_types=["DownEncoderBlock2D"] * 4,
+             up_block_types=["UpDecoderBlock2D"] * 4, use_quant_conv=False, use_post_quant_conv=False))
 
 def config_of(model, part):
     """A network's config: the folder's, FLUX.1's as published, or the hub's."""
@@ -115,8 +116,10 @@ def watch(network, work, dtype):
                 empty = torch.empty(p.shape, dtype=torch.float32 if p.requires_grad else dtype)
                 module._parameters[name] = torch.nn.Parameter(empty, requires_grad=p.requires_grad)
         with Peak(network) as peak, FlopCounterMode(display=False) as flops:
-            kept = work(network)  # noqa: F841  holds the graph
-        return peak.most, peak.live, flops.get_total_flops()
+            graph = work(network)
+            kept = peak.live
+            del graph
+        return peak.most, kept, flops.get_total_flops()
 
 def predict(batch, tokens, texts, backward=None):
     """What watch() runs: a prediction of a batch; backward: None no graph, False kept, True gone through."""
@@ -131,16 +134,18 @@ def predict(batch, tokens, texts, backward=None):
     return work
 
 def call(method, *shape, dtype=None):
+    """What watch() runs of the other networks."""
     def work(network):
+        given = torch.empty(shape, dtype=dtype or next(network.parameters()).dtype)
         with torch.no_grad():
-            return getattr(network, method)(torch.empty(shape, dtype=dtype or next(network.parameters()).dtype))
+            return getattr(network, method)(given)
     return work
 
 def plan(args, texts=None, states=3.5):
     """-> {stage: {how: bytes}}, {unit of work: FLOP}, (LoRA's modules, tensors, parameters), all parameters.
 
-    How: a --quantize, or "offload". states: the optimiser's tensors a LoRA parameter; Prodigy keeps three, and
-    the first value of those that are not 0 at first, which is A's half.
+    How: a --quantize, or "offload". states: the optimiser's tensors a LoRA parameter; Prodigy keeps three,
+    and where they do not start at 0, which is A's half, the first values.
     """
     dtype = getattr(torch, args.dtype)
     config = {part: config_of(args.model, part) for part in FLUX}
@@ -204,8 +209,8 @@ def show_plan(args):
     found, work, lora, numel = plan(args)
     print(f"{args.model}: {numel:,} parameters; LoRA of rank 4: {lora[0]} modules, {lora[1]} tensors, "
           f"{lora[2]:,} parameters")
-    print(f"\nGiB at the peak, {args.dtype}, {args.batch} + {args.batch} images a step, {args.sample_batch} sampled "
-          "at once; computed")
+    print(f"\nGiB at the peak, {args.dtype}, {args.batch} + {args.batch} images a step, "
+          f"{args.sample_batch} sampled at once; computed")
     print(f"{'stage':24}" + "".join(f"{how:>10}" for how in found["train"]))
     for name, row in found.items():
         print(f"{name:24}" + "".join(f"{n_bytes / GIB:10.2f}" for n_bytes in row.values()))
@@ -226,16 +231,17 @@ def show_plan(args):
         print(f"{name:32}{forwards:>8,} forwards{forwards * forward + more / 1e12:>12,.0f} TFLOP")
 
 def random_run(model, out, batch, *flags):
-    """train.py's arguments, and what train.train takes, of random latents: what a step costs is not in them."""
-    run = train.arguments(["--model", model, "--concept", "cat", "--out", str(out), "--batch", str(batch), *flags])
+    """train.py's arguments, and what train.train takes, random latents for the images."""
+    run = train.arguments(["--model", model, "--concept", "cat", "--out", str(out), "--batch", str(batch),
+                           "--lr", "0.7", *flags])
     train.setup(run)
-    run.lr, preset = run.lr or 0.7, argparse.Namespace(**train.TABLE6["object"] | vars(run) | train.TABLE6["object"])
+    preset = argparse.Namespace(**vars(run) | train.TABLE6["object"])
     config, rng = config_of(model, "transformer"), torch.Generator().manual_seed(0)
     side = run.size // 2 ** (len(config_of(model, "vae")["block_out_channels"]) - 1)
     x = torch.randn(batch, side * side // 4, config["in_channels"], generator=rng)  # (N, L, D)
-    embeds = {"": (torch.randn(text_length(model), config["joint_attention_dim"], generator=rng).to(run.dtype),
-                   torch.randn(config["pooled_projection_dim"], generator=rng).to(run.dtype))}
-    texts = [""] * batch
+    states = torch.randn(text_length(model), config["joint_attention_dim"], generator=rng)  # (T, E)
+    pooled = torch.randn(config["pooled_projection_dim"], generator=rng)  # (P,)
+    embeds, texts = {"": (states.to(run.dtype), pooled.to(run.dtype))}, [""] * batch
     return run, ([(x, torch.ones_like(x), texts)], (x, texts), embeds, [preset])
 
 def measure_memory(args):
@@ -290,7 +296,8 @@ def measure_step(args, rounds=20):
             v_ref = train.predict(transformer, z, sigma, states, pooled, run.guidance)
         transformer.enable_adapters()
         v = train.predict(transformer, z, sigma, states, pooled, run.guidance)
-        dS = ((v[:half] - target[:half]) ** 2).mean((1, 2)) - ((v_ref[:half] - target[:half]) ** 2).mean((1, 2))
+        S, S_ref = ((mask * (u - target)[:half] ** 2).sum((1, 2)) / mask.sum((1, 2)) for u in (v, v_ref))
+        dS = S - S_ref
         loss = (2 * torch.sigmoid(-3 * (dS - 0.1)) * torch.nn.functional.softplus(-dS)).mean()
         (loss + 0.6 * (v[half:] - v_ref[half:]).square().mean()).backward()
         optimizer.step()
@@ -330,12 +337,13 @@ def proof(args):
     transformer.enable_gradient_checkpointing()
     optimizer, rng = torch.optim.AdamW(params, lr=1e-3), torch.Generator().manual_seed(0)
     x, eps = (torch.randn(2, 16, 64, generator=rng) for _ in "xe")  # (2B, L, D): 64 px
-    data = x, torch.ones(1, 16, 64), torch.randn(2, 32, 4096, generator=rng), torch.randn(2, 768, generator=rng)
+    texts = torch.randn(2, 32, 4096, generator=rng), torch.randn(2, 768, generator=rng)  # (2B, T, E), (2B, P)
     losses = []
     with stage("train", args.out) as train_peak:
         for step in range(3):
             start = time.perf_counter()
-            loss, info = train.iteration(transformer, *data, torch.tensor([0.5, 0.5]), eps, run)
+            loss, info = train.iteration(transformer, x, torch.ones(1, 16, 64), *texts,
+                                         torch.tensor([0.5, 0.5]), eps, run)
             losses.append(inpo_loss(info["dS"], run.eta, run.gamma, run.tau).item())
             print(f"step {step}: dS {info['dS'].item():.6g}, INPO loss {losses[-1]:.6f}, prior "
                   f"{info['prior'].item():.3g}, {time.perf_counter() - start:.0f} s to the loss")
@@ -354,7 +362,8 @@ def proof(args):
     peak = max(build_peak[0], train_peak[0])
     print(f"LoRA: {sum(p.numel() for p in params):,} parameters, saved and loaded again: "
           f"{'the same' if same else 'NOT the same'}; loss {' > '.join(f'{v:.6f}' for v in losses)}")
-    print(f"peak {peak / GIB:.2f} GiB of RSS; above idle {(peak - idle) / GIB:.2f}, planned {planned / GIB:.2f}")
+    print(f"peak {peak / GIB:.2f} GiB of RSS; above idle {(peak - idle) / GIB:.2f}, "
+          f"planned {planned / GIB:.2f}")
     if not (same and losses[0] > losses[1] > losses[2]):
         die("--proof: failed", 1)
 

@@ -12,6 +12,7 @@ import argparse
 import functools
 import hashlib
 import json
+import re
 from pathlib import Path
 
 from sample import die, drawing_flags, mask_flags, model_flags, number
@@ -243,6 +244,14 @@ def main(args):
         settings = {k: str(v) for k, v in vars(args).items()} | dict(lora=str(folder))
         write_text(folder / f"evaluation{several}.json",
                    json.dumps(dict(figures=table, locality=change, settings=settings), indent=1))
+        if (card := folder / "README.md").exists():  # train.py's, now with figures
+            mine = rf"\n## {re.escape(concept['name'])}, .*?(?=\n## |\Z)"
+            text = re.sub(mine, "", card.read_text(), flags=re.DOTALL)
+            text += (f"\n## {concept['name']}, {args.n} images a figure, judged by {args.judge}\n\n"
+                     "| % yes | before | after |\n|---|---|---|\n")
+            write_text(card, text + "".join(
+                f"| {name} | {row['before']['percent']:.1f} | {row['after']['percent']:.1f} |\n"
+                for name, row in table.items()))
         rows = [(name, when) for name in sets for when in ("before", "after")]
         columns = min(10, args.n)
         shown = [i for name, when in rows for i in (before if when == "before" else after)[name][:columns]]

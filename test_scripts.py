@@ -8,6 +8,7 @@ import os
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -27,6 +28,7 @@ from transformers import (BertConfig, BertTokenizer, CLIPImageProcessor, CLIPVis
                           GroundingDinoProcessor, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration,
                           LlavaProcessor, PreTrainedTokenizerFast, SwinConfig)
 
+import bench
 import evaluate
 import mask
 import sample
@@ -104,7 +106,8 @@ def test_help_answers_at_once(script):
     ("--tau nan", "--tau"), ("--steps 0", "--steps"), ("--batch 0", "--batch"), ("--rank 0", "--rank"),
     ("--size 60", "--size"), ("--accumulate 3", "--accumulate"), ("--concept kat", "kat"),
     ("--model docs", "FluxPipeline"), ("--lambda-prior -1", "--lambda-prior"), ("--eta one", "--eta"),
-    ("--out LICENSE/cat", "--out"), ("--threshold nan", "--threshold"), ("--batch 60", "10 forget (--n-forget)"),
+    ("--out LICENSE/cat", "--out"), ("--threshold nan", "--threshold"),
+    ("--batch 60", "10 forget (--n-forget)"),
     ("--device mps", "--device")])
 def test_bad_input_is_one_line_and_writes_nothing(given, named, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
@@ -354,7 +357,54 @@ def test_lora_loads_into_the_pipeline_and_changes_it(trained):
     torch.testing.assert_close(draw(), base, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("moment", [3, 8])
+# (what is called, for which time) when the process is killed; the last five: while a checkpoint is written
+MOMENTS = [("sample.save_image", 1), ("sample.save_image", 7), ("sample.generate", 2),
+           ("sample.keep_settings", 3), ("sample.contact_sheet", 1), ("mask.save_image", 1),
+           ("mask.save_image", 4), ("mask.contact_sheet", 1), ("train.encode_images", 1),
+           ("train.open_image", 12), ("train.iteration", 1), ("train.iteration", 8), ("train.iteration", 12),
+           ("train.save_lora", 3), ("train.draw_before_after", 1),
+           ("torch.save", 1), ("torch.save", 2), ("torch.save", 3), ("shutil.copyfile", 1),
+           ("shutil.copyfile", 2)]
+
+
+def die_in(function, time, out):
+    """Train, and be killed in a call; where it was to write a file, with half of it written."""
+    owner, name = function.split(".")
+    owner, calls = sys.modules[owner], []
+    whole = getattr(owner, name)
+
+    def dying(*given, **more):
+        calls.append(given)
+        if len(calls) == time:
+            for half in (g for g in given if isinstance(g, Path) and g.suffix == ".tmp"):
+                half.write_bytes(b"half a file")
+            os.kill(os.getpid(), signal.SIGKILL)
+        return whole(*given, **more)
+
+    setattr(owner, name, dying)
+    run_train(Path(out), "--save-every", "6")
+
+
+def check_restart(uninterrupted, out, function, time):
+    """kill -9, the same command again: the same LoRA and the same images, bit by bit."""
+    drawn_cats(out)
+    for again in (f"t.die_in({function!r}, {time}, {str(out)!r})",
+                  f"t.run_train(t.Path({str(out)!r}), '--save-every', '6')"):
+        done = subprocess.run([sys.executable, "-c", f"import test_scripts as t; {again}"], cwd=ROOT,
+                              capture_output=True, text=True)
+        assert done.returncode == (-signal.SIGKILL if "die_in" in again else 0), done.stderr
+    names = [WEIGHTS, f"step-6/{WEIGHTS}", *(p.relative_to(out) for p in out.glob("preserve/*/*.png"))]
+    assert len(names) == 18
+    for name in names:
+        assert (out / name).read_bytes() == (uninterrupted / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("moment", [MOMENTS[1], MOMENTS[11], MOMENTS[16]])
+def test_killed_run_goes_on_to_the_same_bits(trained, tmp_path, moment):
+    check_restart(trained, tmp_path / "cat", *moment)
+
+
+@pytest.mark.parametrize("moment", [3])
 def test_interrupted_training_goes_on_to_the_same_bits(trained, tmp_path, monkeypatch, capsys, moment):
     whole = train.iteration
     calls = []
@@ -474,6 +524,192 @@ def test_split_batch_and_checkpointing_have_the_same_gradient(trained):
     assert gradients[0].norm() > 0 and concept["task"] == "object"
     for g in gradients[1:]:
         torch.testing.assert_close(g, gradients[0], rtol=1e-3, atol=1e-6)
+
+
+def predictions(transformer, state):
+    """What one iteration gives at a fixed LoRA: loss and gradient."""
+    given = ["--model", EMOJI, "--concept", "cat"]
+    args = Namespace(**vars(train.arguments(given)) | train.TABLE6["object"])
+    rng = torch.Generator().manual_seed(0)
+    x, eps = (torch.randn(4, 64, 64, generator=rng) for _ in "xe")  # (2B, L, D)
+    for p in (lora := [p for p in transformer.parameters() if p.requires_grad]):
+        torch.nn.init.normal_(p, std=state, generator=torch.Generator().manual_seed(p.numel()))
+    loss, info = train.iteration(transformer, x, torch.ones(2, 64, 64),
+                                 torch.randn(4, 20, transformer.config.joint_attention_dim, generator=rng),
+                                 torch.randn(4, transformer.config.pooled_projection_dim, generator=rng),
+                                 torch.full((4,), 0.5), eps, args)
+    loss.backward()
+    return loss.detach(), info["dS"], torch.cat([p.grad.flatten() for p in lora])
+
+
+def tuned(**more):
+    pipe = sample.load_denoiser(flags(**more))
+    train.add_lora(pipe.transformer, 4, seed=0)
+    return sample.place(pipe, flags(**more)).transformer
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_offloaded_weights_wait_elsewhere_and_change_no_bit(checkpointing):
+    resident, offloaded = tuned(), tuned(offload=True)
+    if checkpointing:
+        resident.enable_gradient_checkpointing()
+        offloaded.enable_gradient_checkpointing()
+    wanted, found = predictions(resident, 0.05), predictions(offloaded, 0.05)
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted)) and wanted[2].norm() > 0
+    where = {p.device.type for p in offloaded.parameters() if not p.requires_grad}
+    assert where == {"meta"} and {p.device.type for p in offloaded.parameters() if p.requires_grad} == {"cpu"}
+
+
+def test_int8_base_trains_nearly_as_the_full_one():
+    whole, small = tuned(), tuned(quantize="int8")
+
+    def n_bytes(network):
+        kept = [(p.qdata, p.scale) if hasattr(p, "qdata") else (p,) for p in network.parameters()]
+        return sum(t.nbytes for tensors in kept for t in tensors)
+
+    assert predictions(small, 0.0)[1].abs().max() == 0  # dS before the first step
+    assert n_bytes(small) < 0.35 * n_bytes(whole)
+    wanted, found = predictions(whole, 0.05)[2], predictions(small, 0.05)[2]
+    assert not torch.equal(wanted, found)
+    assert torch.nn.functional.cosine_similarity(wanted, found, dim=0) > 0.99
+
+
+def test_schnell_has_no_guidance_and_goes_through_the_same_code(tmp_path):
+    shutil.copytree(EMOJI, model := tmp_path / "schnell", ignore=shutil.ignore_patterns("loras"))
+    config = json.loads((model / "transformer" / "config.json").read_text())
+    (model / "transformer" / "config.json").write_text(json.dumps(config | dict(guidance_embeds=False)))
+    weights = next((model / "transformer").glob("*.safetensors"))
+    kept = {k: v for k, v in load_file(weights).items() if "guidance_embedder" not in k}
+    save_file(kept, weights, metadata={"format": "pt"})
+    out = drawn_cats(tmp_path / "cat")
+    run_train(out, "--model", str(model), "--n-preserve", "1", "--batch", "2", "--steps", "2")
+    assert load_file(out / WEIGHTS)
+
+
+def test_several_concepts_take_turns_and_are_never_preserved(tmp_path):
+    out = drawn_cats(tmp_path / "both")
+    (out / "forget" / "tiger").mkdir()
+    for i in range(10):
+        scene_image(["tiger"], seed=i)[0].save(out / "forget" / "tiger" / f"{i:03}.png")
+    few = ["--n-preserve", "1", "--batch", "2", "--steps", "4"]
+    args = train.arguments(["--model", EMOJI, "--concept", "cat", "tiger", "--out", str(out), *SMALL, *few])
+    train.main(args)
+    preserved = {p.name for p in (out / "preserve").iterdir()}
+    assert "a lion" in preserved and not {"a cat", "a tiger"} & preserved and len(preserved) > 8
+    lines = [line.split(",") for line in (out / "log.csv").read_text().splitlines()]
+    assert [line[1] for line in lines] == ["concept", "cat", "tiger", "cat", "tiger"]
+    both = ["--model", EMOJI, "--concept", "cat", "noto", "--out", str(tmp_path / "x")]
+    table6 = train.TABLE6["object"]["steps"] + train.TABLE6["style"]["steps"]
+    assert train.setup(train.arguments(both)) and table6 == 700
+    groups = train.picture_groups([sample.load_concept(EMOJI, name) for name in ("cat", "tiger")])
+    assert groups["together"] == ["a cat and a tiger"] and "a tiger" not in groups["neighbours"]
+    evaluation(out, tmp_path, "--concept", "tiger")
+    assert (out / "evaluation-tiger.json").exists() and "## tiger" in (out / "README.md").read_text()
+
+
+def test_your_own_pictures_without_a_prompt_file(tmp_path):
+    mine, out = tmp_path / "mein Käfer", tmp_path / "out"
+    mine.mkdir()
+    pictures = [scene_image(["cat"], seed=i)[0].resize((96, 80)) for i in range(6)]
+    turned = Image.Exif()
+    turned[0x0112] = 6  # to be turned by 90 degrees
+    pictures[0].rotate(90, expand=True).save(mine / "0.jpg", exif=turned, quality=100, subsampling=0)
+    pictures[1].convert("CMYK").save(mine / "1.jpg")
+    clear = pictures[2].convert("RGBA")
+    clear.putalpha(0)
+    clear.save(mine / "2 ü.png")
+    Image.fromarray(np.asarray(pictures[3].convert("L")).astype(np.uint16) * 257).save(mine / "3.png")
+    pictures[4].save(mine / "4.gif", save_all=True, append_images=[pictures[5]])
+    pictures[5].save(mine / "5.png")
+    region = np.zeros((80, 96), np.uint8)
+    region[:40] = 255
+    for name in ("2 ü", "5"):
+        Image.fromarray(region).save(mine / f"{name}.mask.png")
+    (mine / "5.txt").write_text("the cat of our house")
+    (mine / "6.txt").write_text("a child with a cat")
+    pictures[5].save(mine / "6.png")
+    (tmp_path / "keep.txt").write_text("a tiger\na truck\na truck with a child\n")
+    own = ["--images", str(mine), "--task", "object", "--caption", "a photo of {}", "--batch", "2", "--steps",
+           "2", "--preserve", str(tmp_path / "keep.txt")]
+    run_train(out, *own, concept="a cat")
+    folder = out / "forget" / "a cat"
+    made = [Image.open(folder / f"{i:03}.png") for i in range(6)]
+    assert all(image.size == (64, 64) and image.mode == "RGB" for image in made)
+    assert not (folder / "006.png").exists()  # its caption mentions a child
+    assert np.asarray(made[2]).min() == 255  # what is transparent is white
+    wanted = np.asarray(sample.ImageOps.fit(pictures[0], (64, 64)), float)
+    assert np.abs(np.asarray(made[0], float) - wanted).mean() < 5
+    gray = np.asarray(sample.ImageOps.fit(pictures[3].convert("L"), (64, 64)).convert("RGB"), float)
+    assert np.abs(np.asarray(made[3], float) - gray).mean() < 2
+    half = np.asarray(Image.open(folder / "005.mask.png"))
+    assert half[:31].all() and not half[33:].any()
+    assert {p.name for p in (out / "preserve").iterdir()} == {"a tiger", "a truck"}
+    assert (out / WEIGHTS).exists()
+
+
+@pytest.mark.parametrize("case, named", [
+    ("no caption", "has no caption"), ("no task", "--task is missing"),
+    ("no preserve", "--preserve is missing"),
+    ("empty file", "cannot be read"), ("no pictures", "holds no picture"), ("mask size", "its picture"),
+    ("black mask", "all black"), ("white mask", "all white"), ("three pictures", "--batch 4"),
+    ("two concepts", "needs one --concept")])
+def test_your_own_pictures_are_refused_in_one_line(tmp_path, capsys, case, named):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    for i in range(3 if case == "three pictures" else 4):
+        scene_image(["cat"], seed=i)[0].save(mine / f"{i}.png")
+    (tmp_path / "keep.txt").write_text("a tiger\na truck\na pizza\n")
+    own = {"--images": str(mine), "--task": "object", "--caption": "{}",
+           "--preserve": str(tmp_path / "keep.txt")}
+    if case.startswith("no ") and case != "no pictures":
+        del own["--" + case[3:]]
+    if case == "no pictures":
+        shutil.rmtree(mine)
+    if case == "empty file":
+        (mine / "1.png").write_bytes(b"")
+    side, value = (32 if case == "mask size" else 64), dict(black=0).get(case.split()[0], 255)
+    if "mask" in case:
+        Image.new("L", (side, side), value).save(mine / "1.mask.png")
+    more = ["--concept", "cat", "dog"] if case == "two concepts" else []
+    given = [part for pair in own.items() for part in pair] + ["--batch", "4", *more]
+    assert named in refusal(lambda: run_train(tmp_path / "out", *given), capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_processes_are_one_with_twice_the_batch(tmp_path):
+    """accelerate launch: half of each batch a process, one writer."""
+    rows = {}
+    two = ("accelerate launch --cpu --num_processes 2 --num_machines 1 --mixed_precision no "
+           "--dynamo_backend no")
+    for name, launch, batch in (("one", [sys.executable], "4"), ("two", two.split(), "2")):
+        out = drawn_cats(tmp_path / name)
+        given = ["train.py", "--model", EMOJI, "--concept", "cat", "--out", out, *SMALL, "--batch", batch]
+        where = os.environ | dict(PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+        done = subprocess.run([*launch, *given], cwd=ROOT, capture_output=True, text=True, env=where)
+        assert done.returncode == 0, done.stderr
+        lines = [line.split(",") for line in (out / "log.csv").read_text().splitlines()]
+        rows[name] = np.array([[float(v) for v in line[2:8]] for line in lines[1:]])
+    assert rows["one"].shape == (12, 6)
+    np.testing.assert_allclose(rows["two"], rows["one"], atol=1e-5)
+
+
+# -------------------------------------------------------------------------------- the bench's plans
+
+def test_plan_counts_flux_dev_lora():
+    lora = train.add_lora(bench.build("transformer", bench.FLUX["transformer"]), 4, 0)
+    assert (len(lora) // 2, len(lora), sum(p.numel() for p in lora)) == (342, 684, 11_206_656)
+
+
+def test_plan_counts_bytes_that_live_at_once():
+    network = torch.nn.Sequential(torch.nn.Linear(10, 1000), torch.nn.Linear(1000, 10)).requires_grad_(False)
+
+    def work(network):
+        with torch.no_grad():
+            return network(torch.empty(50, 10))
+
+    most, kept, flops = bench.watch(network, work, torch.float32)
+    inputs, hidden, out = (4 * 50 * n for n in (10, 1000, 10))
+    assert (most, kept, flops) == (inputs + hidden + out, inputs * 0 + out, 2 * 50 * 2 * 10 * 1000)
 
 
 # -------------------------------------------------------------------------------- evaluation
@@ -628,3 +864,12 @@ def test_readme_holds_the_map_and_commands_that_exist():
     for script, rest in re.findall(r"python (\w+)\.py (--[^\n#`]*)", text):
         module = dict(train=train, sample=sample, mask=mask, evaluate=evaluate)[script]
         module.arguments(rest.split())
+
+
+if __name__ == "__main__":  # all moments, some ten minutes; pytest keeps three
+    import tempfile
+    with tempfile.TemporaryDirectory() as folder:
+        run_train(drawn_cats(Path(folder) / "whole"), "--save-every", "6")
+        for number, moment in enumerate(MOMENTS):
+            check_restart(Path(folder) / "whole", Path(folder) / str(number), *moment)
+            print(f"killed in {moment[0]}, call {moment[1]}: the same bits")

@@ -78,6 +78,9 @@ from sample import (check_settings, contact_sheet, die, encode_prompts, generate
                     keep_settings, load_denoiser, mentions, open_image, place, plan_sets, sample_all, seed_of,
                     setup, stage, whole, write_text)
 
+# what a LoRA inherits from its base: the hub's identifier, and in words
+LICENCES = {"black-forest-labs/FLUX.1-dev": ("other", "the FLUX.1 [dev] Non-Commercial License, its base's"),
+            "black-forest-labs/FLUX.1-schnell": ("apache-2.0", "Apache-2.0, its base's")}
 # B samples, L tokens of D channels (2 x 2 latent cells x C), T text tokens of width E, P pooled width
 LORA_TARGETS = ("attn.to_k attn.to_q attn.to_v attn.to_out.0 attn.add_k_proj attn.add_q_proj attn.add_v_proj "
                 "attn.to_add_out ff.net.0.proj ff.net.2 ff_context.net.0.proj ff_context.net.2").split()
@@ -311,6 +314,32 @@ def picture_groups(concepts):
     groups["together"] = [f"{a} and {b}" for a, b in itertools.combinations(things, 2)]
     return {title: prompts for title, prompts in groups.items() if prompts}
 
+def write_card(concepts, settings, path):
+    """README.md beside the LoRA, as the hub shows it: base, licence, settings, picture, how to load it."""
+    model, names = settings["model"], ", ".join(concept["name"] for concept in concepts)
+    licence, terms = LICENCES.get(model, ("other", "the base model's licence, which this LoRA inherits"))
+    said = "\n".join(f"| {key} | {value} |" for key, value in settings.items() if value is not None)
+    write_text(path, f"""---
+base_model: {model}
+license: {licence}
+library_name: diffusers
+pipeline_tag: text-to-image
+tags: [lora, flux, concept-erasure, inpo]
+---
+# {model} without {names}
+
+A rank-{settings["rank"]} LoRA that makes {model} forget {names}, trained by INPO. Its licence is {terms}.
+
+![before and after, the same seeds](before_after.png)
+
+    pipe = FluxPipeline.from_pretrained("{model}")
+    pipe.load_lora_weights("FOLDER OF THIS FILE")
+
+| setting | value |
+|---|---|
+{said}
+""")
+
 def main(args):
     concepts = setup(args)
     given = {key: getattr(args, key) for key in TABLE6["object"] if getattr(args, key) is not None}
@@ -367,6 +396,7 @@ def main(args):
     if not main_process:
         return
     draw_curves(rows, args.out / "curves.png")
+    write_card(concepts, settings, args.out / "README.md")
     with stage("pictures", args.out):
         if not args.offload:
             pipe.vae.to(args.device)
