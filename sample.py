@@ -49,7 +49,9 @@ def number(kind=float, least=0.0, strict=True, finite=True):
     return parse
 
 def model_flags(parser, needs_concept=True, out="default out/MODEL-CONCEPT, with -SEED where it is not 0"):
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    raw = argparse.RawDescriptionHelpFormatter
+    parser.formatter_class = functools.partial(raw, max_help_position=36, width=110)
+    parser.usage = "%(prog)s [flags]"
     parser.error = die  # one line, without the usage
     parser.add_argument("--model", default="black-forest-labs/FLUX.1-dev",
                         help="a FluxPipeline: hub id or folder (default %(default)s)")
@@ -62,9 +64,9 @@ def model_flags(parser, needs_concept=True, out="default out/MODEL-CONCEPT, with
 
 def memory_flags(parser):
     parser.add_argument("--quantize", choices=list(WEIGHT_BYTES), default="none",
-                        help="the frozen transformer's weights: int8 by torchao, nf4 by bitsandbytes on cuda")
+                        help="the frozen weights: int8 by torchao, nf4 by bitsandbytes (default none)")
     parser.add_argument("--offload", action="store_true",
-                        help="they wait in main memory, a layer at a time visits the device: slow")
+                        help="they wait in main memory, a layer at a time is on the device: slow")
 
 def drawing_flags(parser):
     memory_flags(parser)
@@ -78,10 +80,11 @@ def data_flags(parser):
     parser.add_argument("--n-preserve", type=number(int), default=25, help="images a concept (C.1: 25)")
     parser.add_argument("--prompts", type=Path, help="a text file of forget prompts, instead of [train]")
     parser.add_argument("--preserve", type=Path, help="a text file of preserved prompts, for D_PR")
-    parser.add_argument("--images", type=Path, help="a folder of your own forget images, without a prompt "
-                        "file; beside X.jpg may lie X.txt, its caption, and X.mask.png")
-    parser.add_argument("--task", choices=TASKS, help="with --images: picks Table 6's preset")
-    parser.add_argument("--caption", help='with --images: of those without a NAME.txt, say "a photo of {}"')
+    parser.add_argument("--preserve-dir", type=Path, help="D_PR's images lie here, for several runs to share")
+    parser.add_argument("--images", type=Path, help="a folder of your own forget images, no prompt file needed: "
+                        "X.jpg, its caption X.txt, its mask X.mask.png")
+    parser.add_argument("--task", choices=TASKS, help="with --images: Table 6's preset")
+    parser.add_argument("--caption", help='with --images: for those without X.txt, say "a photo of {}"')
     drawing_flags(parser)
 
 def mask_flags(parser):
@@ -545,7 +548,8 @@ def plan_sets(concepts, args):
     """D_ES's sets, one a concept, and D_PR's, none of them another's target: each (folder, concept, prompts,
     count). Images of other settings are refused."""
     forget = [(args.out / "forget" / c["name"], c["name"], c["train"], args.n_forget) for c in concepts]
-    preserve = {other: (args.out / "preserve" / other, other, [t.replace("{}", other) for t in c["preserve"]],
+    folder = args.preserve_dir or args.out / "preserve"
+    preserve = {other: (folder / other, other, [t.replace("{}", other) for t in c["preserve"]],
                         args.n_preserve)
                 for c in concepts for other in c["neighbours"] + c["unrelated"]
                 if not mentions(other, concepts)}

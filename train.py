@@ -19,6 +19,9 @@ TABLE6 = dict(object=dict(steps=300, eta=1.0, gamma=3.0, tau=0.1, lambda_prior=0
               style=dict(steps=400, eta=3.0, gamma=3.0, tau=0.1, lambda_prior=0.6),
               nsfw=dict(steps=500, eta=1.0, gamma=3.0, tau=0.1, lambda_prior=0.6))
 
+# --fewer-images trades variety for time (README: cost)
+FEWER = dict(n_forget=20, n_preserve=10, sample_steps=14, batch=1, steps=270)
+
 def arguments(given=None):
     parser = argparse.ArgumentParser(description=__doc__)
     model_flags(parser)
@@ -26,22 +29,22 @@ def arguments(given=None):
     method.add_argument("--eta", type=number(), help="forget strength, Eq. 13")
     method.add_argument("--gamma", type=number(), help="sharpness of the gate, Eq. 14")
     method.add_argument("--tau", type=number(least=-math.inf, finite=False), help="margin; inf: no gate")
-    method.add_argument("--beta", type=number(), default=1.0, help="Eq. 15, independent of eta (default 1)")
+    method.add_argument("--beta", type=number(), default=1.0, help="Eq. 15, apart from eta (default 1)")
     method.add_argument("--lambda-prior", type=number(strict=False), help="weight of Eq. 16")
     method.add_argument("--loss", choices=["inpo", "ga"], default="inpo", help="ga: gradient ascent, Eq. 4")
     method.add_argument("--mask", choices=["concept", "full"], default="concept", help="full: M = 1")
     method.add_argument("--detach-gate", action="store_true", help="do not differentiate through alpha")
     recipe = parser.add_argument_group("training")
     recipe.add_argument("--steps", type=number(int), help="T (Table 6, times the number of concepts)")
-    recipe.add_argument("--optimizer", choices=["prodigy", "adamw"], default="prodigy")
+    recipe.add_argument("--optimizer", choices=["prodigy", "adamw"], default="prodigy", help="(prodigy)")
     recipe.add_argument("--lr", type=number(), help="default: 0.7 with prodigy (Table 6), 1e-3 with adamw")
     recipe.add_argument("--d0", type=number(), default=1e-6, help="Prodigy's first step size (default 1e-6)")
     recipe.add_argument("--rank", type=number(int), default=4, help="of the LoRA, alpha = rank (C.1: 4)")
-    recipe.add_argument("--batch", type=number(int), default=4, help="forget images a step, as many others")
-    recipe.add_argument("--accumulate", type=number(int), default=1, help="split a batch into N passes")
+    recipe.add_argument("--batch", type=number(int), default=4, help="forget images a step, as many more (4)")
+    recipe.add_argument("--accumulate", type=number(int), default=1, help="split a batch into N passes (1)")
     recipe.add_argument("--checkpointing", action="store_true", help="recompute activations: less memory")
     recipe.add_argument("--guidance", type=number(strict=False), default=1.0,
-                        help="in training (default 1: a guided prediction is not the target velocity)")
+                        help="in training (default 1: a guided prediction is no target velocity)")
     recipe.add_argument("--noise", choices=["uniform", "logit-normal"], default="logit-normal",
                         help="distribution of sigma (default logit-normal)")
     data_flags(parser.add_argument_group("step 1 of Algorithm 1"))
@@ -50,7 +53,13 @@ def arguments(given=None):
     output.add_argument("--save-every", type=number(int), help="keep the LoRA of every N-th step (Figure 1)")
     output.add_argument("--checkpoint-every", type=number(int), default=50, help="default 50")
     output.add_argument("--previous-checkpoint", action="store_true", help="go on from the last but one")
-    return parser.parse_args(given)
+    recipe.add_argument("--fewer-images", action="store_true", help="a third of the work: " +
+                        ", ".join(f"--{key.replace('_', '-')} {value}" for key, value in FEWER.items()))
+    args = parser.parse_args(given)
+    if args.fewer_images:  # what is given beside it still counts
+        parser.set_defaults(**FEWER)
+        args = parser.parse_args(given)
+    return args
 
 ARGS = arguments() if __name__ == "__main__" else None  # before the slow imports: --help answers at once
 
