@@ -318,10 +318,10 @@ def check_model(args):
 
 def setup(args):
     """Fill in what the flags left open, refuse what cannot work before a thing is written -> the concepts."""
-    PartialState()  # picks this process's GPU under accelerate launch
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if args.device != "cpu" and not getattr(torch, args.device).is_available():
         die(f"--device {args.device}: there is none here")
+    PartialState(cpu=args.device == "cpu")  # under accelerate launch: this process's GPU, or gloo without one
     args.dtype = getattr(torch, args.dtype or ("bfloat16" if args.device == "cuda" else "float32"))
     concepts = load_concepts(args)
     args.concept = [concept["name"] for concept in concepts]

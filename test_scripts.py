@@ -7,6 +7,7 @@ import math
 import os
 import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -89,7 +90,7 @@ def scene_image(names, seed=0, **given):
 
 # -------------------------------------------------------------------------------- before work starts
 
-@pytest.mark.parametrize("script", ["inpo", "sample", "mask", "train", "evaluate"])
+@pytest.mark.parametrize("script", ["inpo", "sample", "mask", "train", "evaluate", "bench"])
 def test_help_answers_at_once(script):
     best = math.inf
     for _ in range(3):
@@ -679,8 +680,8 @@ def test_your_own_pictures_are_refused_in_one_line(tmp_path, capsys, case, named
 def test_two_processes_are_one_with_twice_the_batch(tmp_path):
     """accelerate launch: half of each batch a process, one writer."""
     rows = {}
-    two = ("accelerate launch --cpu --num_processes 2 --num_machines 1 --mixed_precision no "
-           "--dynamo_backend no")
+    two = ("accelerate launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no "
+           "--dynamo_backend no")  # without a GPU: two gloo processes
     for name, launch, batch in (("one", [sys.executable], "4"), ("two", two.split(), "2")):
         out = drawn_cats(tmp_path / name)
         given = ["train.py", "--model", EMOJI, "--concept", "cat", "--out", out, *SMALL, "--batch", batch]
@@ -856,14 +857,37 @@ def test_llava_judge_reads_yes_and_no_from_logits(tmp_path, favoured):
 
 # -------------------------------------------------------------------------------- README
 
+def test_readme_snippets_do_what_they_say(tmp_path, monkeypatch):
+    text = (ROOT / "README.md").read_text()
+    (tmp_path / "emoji-flux").symlink_to(EMOJI)
+    monkeypatch.chdir(tmp_path)
+    said = {}
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(block, said)
+    said["pipe"] = FluxPipeline.from_pretrained(EMOJI)  # without a LoRA
+    untouched = said["draw"]("a cat")
+
+    def apart(a, b):
+        return np.abs(np.asarray(a, float) - np.asarray(b, float)).mean()
+
+    assert apart(said["base"], untouched) < 1 < apart(said["half"], untouched)
+    assert apart(said["half"], said["forgotten"]) > 1
+    assert apart(said["fused"], said["neither"]) < 1
+    judge = evaluate.clip_judge(EMOJI + "/clip", "cpu")
+    assert judge([said["base"], said["forgotten"]], ["a cat", "a cat"]).tolist() == [True, False]
+    made = load_file("cat.safetensors")
+    assert {key.split(".")[1] for key in made} == {"lora_up", "lora_down", "alpha"}
+    assert all(key.startswith("lora_transformer_") for key in made)
+
+
 def test_readme_holds_the_map_and_commands_that_exist():
     text = (ROOT / "README.md").read_text()
     command = [sys.executable, "test_inpo.py"]
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     assert printed and printed in text
     for script, rest in re.findall(r"python (\w+)\.py (--[^\n#`]*)", text):
-        module = dict(train=train, sample=sample, mask=mask, evaluate=evaluate)[script]
-        module.arguments(rest.split())
+        module = dict(train=train, sample=sample, mask=mask, evaluate=evaluate, bench=bench)[script]
+        module.arguments(shlex.split(rest))
 
 
 if __name__ == "__main__":  # all moments, some ten minutes; pytest keeps three
