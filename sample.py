@@ -23,6 +23,11 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
+try:
+    import fcntl
+except ImportError:  # Windows has none
+    fcntl = None
+
 ROOT = Path(__file__).resolve().parent
 # flag -> where it is in the model's folder, else on the hub
 HUB = dict(detector=("detector", "google/owlv2-base-patch16-ensemble"),
@@ -81,8 +86,8 @@ def data_flags(parser):
     parser.add_argument("--prompts", type=Path, help="a text file of forget prompts, instead of [train]")
     parser.add_argument("--preserve", type=Path, help="a text file of preserved prompts, for D_PR")
     parser.add_argument("--preserve-dir", type=Path, help="D_PR's images lie here, for several runs to share")
-    parser.add_argument("--images", type=Path, help="a folder of your own forget images, no prompt file needed: "
-                        "X.jpg, its caption X.txt, its mask X.mask.png")
+    parser.add_argument("--images", type=Path, help="a folder of your own forget images, no prompt file "
+                        "needed: X.jpg, its caption X.txt, its mask X.mask.png")
     parser.add_argument("--task", choices=TASKS, help="with --images: Table 6's preset")
     parser.add_argument("--caption", help='with --images: for those without X.txt, say "a photo of {}"')
     drawing_flags(parser)
@@ -134,7 +139,10 @@ def guarded(main, args):
         main(args)
     except KeyboardInterrupt:
         die(f"interrupted; {go_on}", 130)
-    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk, say, or no memory
+    except (OSError, RuntimeError, MemoryError, SafetensorError) as error:  # a full disk, say
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "not enough memory" in str(error):
+            die("out of memory; --checkpointing, --accumulate, --sample-batch 1 and --quantize int8 need less, "
+                f"how much says python bench.py --plan --model {args.model}", 1)
         die(f"{(str(error).strip() or type(error).__name__).splitlines()[0]}; {go_on}", 1)
 
 def allowed(prompts, what):
@@ -308,8 +316,11 @@ def check_model(args):
     for part, n_bytes in need.most_common():
         where = "cpu" if part == "transformer" and getattr(args, "offload", False) else device
         if n_bytes > free.get(where, free["cpu"]):
-            refuse(f"its {part} needs {n_bytes / 2**30:.2f} GiB in {str(args.dtype)[6:]}, "
-                   f"{where} has {free.get(where, free['cpu']) / 2**30:.2f} GiB free")
+            smaller = ", ".join(f"{n_bytes / 2**30 * small / args.dtype.itemsize:.2f} with --quantize {how}"
+                                for how, small in WEIGHT_BYTES.items() if small and part == "transformer")
+            refuse(f"its {part} needs {n_bytes / 2**30:.2f} GiB in {str(args.dtype)[6:]}" +
+                   f" ({smaller})" * bool(smaller) +
+                   f", {where} has {free.get(where, free['cpu']) / 2**30:.2f} GiB free")
     vae, size = json.loads(config.read_text()), getattr(args, "size", None)
     size, step = size or vae["sample_size"], 2 * 2 ** (len(vae["block_out_channels"]) - 1)
     if size % step:
@@ -408,6 +419,17 @@ def stage(name, out):
         print(f"{name}: {seconds:.0f} s, peak {rss:.2f} GiB" + f", on the GPU {cuda:.2f} GiB" * bool(cuda))
         with open(out / "stages.csv", "a") as file:
             file.write(f"{name},{seconds:.2f},{rss:.3f},{cuda:.3f}\n")
+
+def lock(out):
+    """Refuse a folder in which another run is at work -> an open file, whose end ends the lock."""
+    out.mkdir(parents=True, exist_ok=True)
+    file = open(out / ".lock", "w")
+    try:
+        if fcntl and PartialState().is_main_process:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        die(f"--out {out}: another run is at work in it; wait for it, or use another --out")
+    return file
 
 @contextlib.contextmanager
 def whole(path):
@@ -590,6 +612,7 @@ def sample_all(embeds, forget, preserve, args):
 def main(args):
     forget, preserve = plan_sets(setup(args), args)
     wanted = [p for _, _, prompts, _ in forget + preserve for p in prompts]
+    held = lock(args.out)  # noqa: F841  until the end
     with stage("prompts", args.out):
         embeds = encode_prompts(args.model, wanted, args.device, args.dtype)
     with stage("sample", args.out):

@@ -109,12 +109,36 @@ def test_help_answers_at_once(script):
     ("--model docs", "FluxPipeline"), ("--lambda-prior -1", "--lambda-prior"), ("--eta one", "--eta"),
     ("--out LICENSE/cat", "--out"), ("--threshold nan", "--threshold"),
     ("--batch 60", "10 forget (--n-forget)"),
-    ("--device mps", "--device")])
+    ("--device mps", "--device"), ("--quantize nf4", "CUDA GPU"), ("--prompts LICENSES", "--prompts"),
+    ("--preserve docs/cat.png", "--preserve"), ("--sample-steps 0", "--sample-steps"),
+    ("--sample-guidance -1", "--sample-guidance"), ("--n-preserve 0", "--n-preserve"),
+    ("--images docs", "--task and --preserve"), ("--d0 0", "--d0"), ("--previous-checkpoint 1", "1")])
 def test_bad_input_is_one_line_and_writes_nothing(given, named, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     line = refusal(lambda: run_train(tmp_path / "out", *given.split()), capsys)
     assert named in line
     assert not (tmp_path / "out").exists()
+
+
+def test_two_runs_in_one_folder_are_refused(trained, capsys):
+    held = sample.lock(trained)
+    assert "another run is at work" in refusal(lambda: run_train(trained, "--save-every", "6"), capsys)
+    held.close()
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"),
+                                   RuntimeError("DefaultCPUAllocator: not enough memory: you tried")])
+def test_no_memory_says_which_flags_help(error, capsys):
+    def work(args):
+        raise error
+
+    line = refusal(lambda: sample.guarded(work, Namespace(batch=4, model=EMOJI)), capsys, 1)
+    assert "--checkpointing, --accumulate" in line and "bench.py --plan" in line
+
+
+def test_prompts_that_the_tokenizer_cuts_are_named(caplog):
+    sample.encode_prompts(EMOJI, ["a cat " * 40 + "zebra"], "cpu", torch.float32)
+    assert "truncated" in caplog.text and "zebra" in caplog.text
 
 
 def test_infinite_tau_is_legal():
@@ -157,6 +181,7 @@ def test_too_large_a_model_is_refused_with_both_figures(monkeypatch, capsys):
     monkeypatch.setattr(sample.psutil, "virtual_memory", lambda: Namespace(available=2**20))
     line = refusal(lambda: sample.check_model(flags(EMOJI)), capsys)
     assert "its transformer needs 0.02 GiB" in line and "0.00 GiB free" in line
+    assert "(0.00 with --quantize int8" in line
 
 
 @pytest.mark.parametrize("prompt", [

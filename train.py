@@ -84,8 +84,8 @@ from tqdm import tqdm  # noqa: E402
 from inpo import add_noise, gate, gradient_ascent, inpo_loss, mask_to_latents, prior_loss, score  # noqa: E402
 from mask import check_masks, make_masks  # noqa: E402
 from sample import (check_settings, contact_sheet, die, encode_prompts, generate, guarded,  # noqa: E402
-                    keep_settings, load_denoiser, mentions, open_image, place, plan_sets, sample_all, seed_of,
-                    setup, stage, whole, write_text)
+                    keep_settings, load_denoiser, lock, mentions, open_image, place, plan_sets, sample_all,
+                    seed_of, setup, stage, whole, write_text)
 
 # what a LoRA inherits from its base: the hub's identifier, and in words
 LICENCES = {"black-forest-labs/FLUX.1-dev": ("other", "the FLUX.1 [dev] Non-Commercial License, its base's"),
@@ -373,7 +373,7 @@ def main(args):
         check_settings(args.out / "args.json", settings, f"--out {args.out}")
     for (folder, *_), concept in zip(forget, concepts):
         check_masks(folder, concept, args)
-    main_process = PartialState().is_main_process
+    held, main_process = lock(args.out), PartialState().is_main_process  # noqa: F841  held until the end
     if main_process and not resumed:  # its versions and commit are those of the first step
         keep_settings(args.out / "args.json", settings)
     groups = picture_groups(concepts)
