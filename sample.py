@@ -10,6 +10,7 @@ import contextlib
 import functools
 import gc
 import json
+import logging
 import math
 import os
 import re
@@ -107,6 +108,8 @@ def arguments(given=None):
 
 ARGS = arguments() if __name__ == "__main__" else None  # before the slow imports: --help answers at once
 if not {"-h", "--help"} & set(sys.argv):  # the other scripts import their flags from here
+    for name in ("torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer"):
+        logging.getLogger(name).setLevel(logging.ERROR)  # torchao's import warns of what this repo never does
     import numpy as np
     import psutil
     import torch
@@ -141,8 +144,8 @@ def guarded(main, args):
         die(f"interrupted; {go_on}", 130)
     except (OSError, RuntimeError, MemoryError, SafetensorError) as error:  # a full disk, say
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "not enough memory" in str(error):
-            die("out of memory; --checkpointing, --accumulate, --sample-batch 1 and --quantize int8 need less, "
-                f"how much says python bench.py --plan --model {args.model}", 1)
+            die("out of memory; --checkpointing, --accumulate, --sample-batch 1, --quantize int8 need less: "
+                f"python bench.py --plan --model {args.model}", 1)
         die(f"{(str(error).strip() or type(error).__name__).splitlines()[0]}; {go_on}", 1)
 
 def allowed(prompts, what):
