@@ -240,12 +240,13 @@ def load_concepts(args):
             die(f"--images {images}: needs one --concept, --task and --preserve" +
                 f"; {' and '.join(missing)} is missing" * bool(missing))
         name, = args.concept
-        captions = [caption for _, caption in own_pictures(args)]
+        pictures = own_pictures(args)
+        captions = [caption for _, caption in pictures]
         none = {key: [] for key in "unrelated unseen backgrounds styles paraphrases neighbours".split()}
-        concepts = [none | dict(name=name, task=args.task, concept=[name], train=captions,
+        concepts = [none | dict(name=name, task=args.task, concept=[name], train=captions, pictures=pictures,
                                 detect=["nudenet" if name == "nudity" else name],
                                 eval=list(dict.fromkeys(captions)))]
-        args.n_forget = len(captions)
+        args.n_forget = len(pictures)
     else:
         concepts = [load_concept(args.model, name) for name in dict.fromkeys(args.concept)]
     for concept in concepts:
@@ -571,8 +572,9 @@ def mentions(phrase, concepts):
 
 def plan_sets(concepts, args):
     """D_ES's sets, one a concept, and D_PR's, none of them another's target: each (folder, concept, prompts,
-    count). Images of other settings are refused."""
-    forget = [(args.out / "forget" / c["name"], c["name"], c["train"], args.n_forget) for c in concepts]
+    count, or the user's own pictures). Images of other settings are refused."""
+    forget = [(args.out / "forget" / c["name"], c["name"], c["train"], c.get("pictures", args.n_forget))
+              for c in concepts]
     folder = args.preserve_dir or args.out / "preserve"
     preserve = {other: (folder / other, other, [t.replace("{}", other) for t in c["preserve"]],
                         args.n_preserve)
@@ -580,19 +582,19 @@ def plan_sets(concepts, args):
                 if not mentions(other, concepts)}
     if not preserve:
         die("--concept: nothing is left to preserve, all that the files name is to be forgotten")
-    own = dict(own=fingerprint(f for f, _ in own_pictures(args))) if args.images else {}
-    for one in forget:
-        check_set(*one[:3], args, **own)
-    for one in preserve.values():
-        check_set(*one[:3], args)
+    for *one, count in (*forget, *preserve.values()):
+        check_set(*one, args, **own_settings(count))
     return forget, list(preserve.values())
 
-def import_set(folder, concept, prompts, count, args):
+def own_settings(pictures):
+    """What a set made of the user's own pictures depends on besides."""
+    return dict(own=fingerprint(file for file, _ in pictures)) if isinstance(pictures, list) else {}
+
+def import_set(folder, concept, prompts, pictures, args):
     """The user's own pictures and masks, cropped square and named as sample_set would leave them."""
-    rows, own = [], own_pictures(args)
-    keep_settings(folder / "settings.json",
-                  check_set(folder, concept, prompts, args, own=fingerprint(file for file, _ in own)))
-    for i, (file, caption) in enumerate(tqdm(own, desc="your own images")):
+    rows, settings = [], check_set(folder, concept, prompts, args, **own_settings(pictures))
+    keep_settings(folder / "settings.json", settings)
+    for i, (file, caption) in enumerate(tqdm(pictures, desc="your own images")):
         made = folder / f"{i:03}.png"
         for source, target in ((file, made), (file.with_suffix(".mask.png"), made.with_suffix(".mask.png"))):
             if source.exists() and not target.exists():
