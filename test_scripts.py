@@ -624,9 +624,10 @@ def test_several_concepts_take_turns_and_are_never_preserved(tmp_path):
     assert "a lion" in preserved and not {"a cat", "a tiger"} & preserved and len(preserved) > 8
     lines = [line.split(",") for line in (out / "log.csv").read_text().splitlines()]
     assert [line[1] for line in lines] == ["concept", "cat", "tiger", "cat", "tiger"]
-    both = ["--model", EMOJI, "--concept", "cat", "noto", "--out", str(tmp_path / "x")]
-    table6 = train.TABLE6["object"]["steps"] + train.TABLE6["style"]["steps"]
-    assert train.setup(train.arguments(both)) and table6 == 700
+    both = [sample.load_concept(EMOJI, name) for name in ("cat", "noto")]
+    args = train.arguments(["--concept", "cat", "noto", "--gamma", "2"])
+    rows = train.fill_presets(both, args)
+    assert args.steps == 700 and [(row["eta"], row["gamma"]) for row in rows] == [(1.0, 2.0), (3.0, 2.0)]
     groups = train.picture_groups([sample.load_concept(EMOJI, name) for name in ("cat", "tiger")])
     assert groups["together"] == ["a cat and a tiger"] and "a tiger" not in groups["neighbours"]
     evaluation(out, tmp_path, "--concept", "tiger")

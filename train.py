@@ -323,6 +323,13 @@ def picture_groups(concepts):
     groups["together"] = [f"{a} and {b}" for a, b in itertools.combinations(things, 2)]
     return {title: prompts for title, prompts in groups.items() if prompts}
 
+def fill_presets(concepts, args):
+    """Each concept's row of Table 6, where no flag says otherwise; several concepts take all their steps."""
+    given = {key: getattr(args, key) for key in TABLE6["object"] if getattr(args, key) is not None}
+    rows = [TABLE6[concept["task"]] | given for concept in concepts]
+    args.steps = args.steps or sum(row["steps"] for row in rows)
+    return rows
+
 def write_card(concepts, settings, path):
     """README.md beside the LoRA, as the hub shows it: base, licence, settings, picture, how to load it."""
     model, names = settings["model"], ", ".join(concept["name"] for concept in concepts)
@@ -351,10 +358,8 @@ A rank-{settings["rank"]} LoRA that makes {model} forget {names}, trained by INP
 
 def main(args):
     concepts = setup(args)
-    given = {key: getattr(args, key) for key in TABLE6["object"] if getattr(args, key) is not None}
-    table6 = [TABLE6[concept["task"]] | given for concept in concepts]
+    table6 = fill_presets(concepts, args)
     presets = [argparse.Namespace(**vars(args) | preset) for preset in table6]
-    args.steps = args.steps or sum(preset["steps"] for preset in table6)
     args.lr = args.lr or dict(prodigy=0.7, adamw=1e-3)[args.optimizer]
     if args.batch % args.accumulate:
         die(f"--accumulate {args.accumulate} does not divide --batch {args.batch}")
