@@ -424,16 +424,17 @@ def stage(name, out):
         with open(out / "stages.csv", "a") as file:
             file.write(f"{name},{seconds:.2f},{rss:.3f},{cuda:.3f}\n")
 
+@contextlib.contextmanager
 def lock(out):
-    """Refuse a folder in which another run is at work -> an open file, whose end ends the lock."""
+    """Refuse a folder in which another run is at work; the end of the block, or a kill, ends the lock."""
     out.mkdir(parents=True, exist_ok=True)
-    file = open(out / ".lock", "w")
-    try:
-        if fcntl and PartialState().is_main_process:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        die(f"--out {out}: another run is at work in it; wait for it, or use another --out")
-    return file
+    with open(out / ".lock", "w") as file:
+        try:
+            if fcntl and PartialState().is_main_process:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            die(f"--out {out}: another run is at work in it; wait for it, or use another --out")
+        yield
 
 @contextlib.contextmanager
 def whole(path):
@@ -617,11 +618,11 @@ def sample_all(embeds, forget, preserve, args):
 def main(args):
     forget, preserve = plan_sets(setup(args), args)
     wanted = [p for _, _, prompts, _ in forget + preserve for p in prompts]
-    held = lock(args.out)  # noqa: F841  until the end
-    with stage("prompts", args.out):
-        embeds = encode_prompts(args.model, wanted, args.device, args.dtype)
-    with stage("sample", args.out):
-        forget, preserve = sample_all(embeds, forget, preserve, args)
+    with lock(args.out):
+        with stage("prompts", args.out):
+            embeds = encode_prompts(args.model, wanted, args.device, args.dtype)
+        with stage("sample", args.out):
+            forget, preserve = sample_all(embeds, forget, preserve, args)
     print(f"{args.out}: {sum(map(len, forget))} + {len(preserve)} images; look at samples.png")
 
 if __name__ == "__main__":

@@ -121,9 +121,8 @@ def test_bad_input_is_one_line_and_writes_nothing(given, named, tmp_path, capsys
 
 
 def test_two_runs_in_one_folder_are_refused(trained, capsys):
-    held = sample.lock(trained)
-    assert "another run is at work" in refusal(lambda: run_train(trained, "--save-every", "6"), capsys)
-    held.close()
+    with sample.lock(trained):
+        assert "another run is at work" in refusal(lambda: run_train(trained, "--save-every", "6"), capsys)
 
 
 @pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"),

@@ -378,44 +378,46 @@ def main(args):
         check_settings(args.out / "args.json", settings, f"--out {args.out}")
     for (folder, *_), concept in zip(forget, concepts):
         check_masks(folder, concept, args)
-    held, main_process = lock(args.out), PartialState().is_main_process  # noqa: F841  held until the end
-    if main_process and not resumed:  # its versions and commit are those of the first step
-        keep_settings(args.out / "args.json", settings)
-    groups = picture_groups(concepts)
-    wanted = [p for _, _, prompts, _ in forget + preserve for p in prompts]
-    wanted += [p for prompts in groups.values() for p in prompts]
-    with stage("prompts", args.out):
-        embeds = encode_prompts(args.model, wanted, args.device, args.dtype)
-    with stage("sample", args.out):  # Algorithm 1, step 1
-        D_ES, D_PR = sample_all(embeds, forget, preserve, args)
-    with stage("masks", args.out), PartialState().main_process_first():
-        kept = [make_masks([file for file, _ in found], c, args) for found, c in zip(D_ES, concepts)]
-    for concept, files in zip(concepts, kept):
-        if len(files) < batch:
-            die(f"{concept['name']}: only {len(files)} forget images have a mask, under --batch {batch}: "
-                "raise --n-forget", 1)
-    with stage("latents", args.out):
-        vae = AutoencoderKL.from_pretrained(args.model, subfolder="vae", dtype=args.dtype).to(args.device)
-        forget = []
-        for found, files in zip(D_ES, kept):
-            x, mask = encode_images(vae, files, args.size, [file.with_suffix(".mask.png") for file in files])
-            mask = torch.ones_like(mask) if args.mask == "full" else mask  # (N, L, D)
-            forget.append((x, mask, [dict(found)[file] for file in files]))
-        files, texts = zip(*D_PR)
-        preserve = encode_images(vae, files, args.size)[0], texts
-        del vae
-    with stage("train", args.out):  # Algorithm 1, lines 2 to 6
-        pipe = load_denoiser(args)
-        rows = train(pipe, forget, preserve, embeds, presets, args)
-    if not main_process:
-        return
-    draw_curves(rows, args.out / "curves.png")
-    write_card(concepts, settings, args.out / "README.md")
-    with stage("pictures", args.out):
-        if not args.offload:
-            pipe.vae.to(args.device)
-        draw_before_after(pipe, embeds, groups, args.out / "before_after.png", args)
-    print(f"{args.out}: dS {rows[-1]['dS']:.2f}; look at before_after.png and curves.png")
+    with lock(args.out):
+        main_process = PartialState().is_main_process
+        if main_process and not resumed:  # its versions and commit are those of the first step
+            keep_settings(args.out / "args.json", settings)
+        groups = picture_groups(concepts)
+        wanted = [p for _, _, prompts, _ in forget + preserve for p in prompts]
+        wanted += [p for prompts in groups.values() for p in prompts]
+        with stage("prompts", args.out):
+            embeds = encode_prompts(args.model, wanted, args.device, args.dtype)
+        with stage("sample", args.out):  # Algorithm 1, step 1
+            D_ES, D_PR = sample_all(embeds, forget, preserve, args)
+        with stage("masks", args.out), PartialState().main_process_first():
+            kept = [make_masks([file for file, _ in found], c, args) for found, c in zip(D_ES, concepts)]
+        for concept, files in zip(concepts, kept):
+            if len(files) < batch:
+                die(f"{concept['name']}: only {len(files)} forget images have a mask, under --batch {batch}: "
+                    "raise --n-forget", 1)
+        with stage("latents", args.out):
+            vae = AutoencoderKL.from_pretrained(args.model, subfolder="vae", dtype=args.dtype).to(args.device)
+            forget = []
+            for found, files in zip(D_ES, kept):
+                masks = [file.with_suffix(".mask.png") for file in files]
+                x, mask = encode_images(vae, files, args.size, masks)
+                mask = torch.ones_like(mask) if args.mask == "full" else mask  # (N, L, D)
+                forget.append((x, mask, [dict(found)[file] for file in files]))
+            files, texts = zip(*D_PR)
+            preserve = encode_images(vae, files, args.size)[0], texts
+            del vae
+        with stage("train", args.out):  # Algorithm 1, lines 2 to 6
+            pipe = load_denoiser(args)
+            rows = train(pipe, forget, preserve, embeds, presets, args)
+        if not main_process:
+            return
+        draw_curves(rows, args.out / "curves.png")
+        write_card(concepts, settings, args.out / "README.md")
+        with stage("pictures", args.out):
+            if not args.offload:
+                pipe.vae.to(args.device)
+            draw_before_after(pipe, embeds, groups, args.out / "before_after.png", args)
+        print(f"{args.out}: dS {rows[-1]['dS']:.2f}; look at before_after.png and curves.png")
 
 if __name__ == "__main__":
     guarded(main, ARGS)
