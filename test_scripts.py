@@ -475,6 +475,18 @@ def test_checkpoint_that_is_cut_short_or_foreign_is_refused(tmp_path, capsys, co
     assert (out / "checkpoint.pt").read_bytes() == before and not (out / WEIGHTS).exists()
 
 
+def test_checkpoint_before_the_last_is_used_only_if_asked_for(trained, tmp_path, capsys):
+    shutil.copytree(trained, out := tmp_path / "cat")
+    wanted = (out / WEIGHTS).read_bytes()
+    (out / "checkpoint.pt").write_bytes(b"PK cut short")
+    (out / WEIGHTS).unlink()
+    line = refusal(lambda: run_train(out, "--save-every", "6"), capsys, 1)
+    assert "--previous-checkpoint" in line and not (out / WEIGHTS).exists()
+    run_train(out, "--save-every", "6", "--previous-checkpoint")
+    assert (out / WEIGHTS).read_bytes() == wanted
+    assert torch.load(out / "checkpoint-previous.pt", weights_only=True)["step"] == 10
+
+
 def test_corrupt_image_is_named(trained, tmp_path, capsys):
     out = tmp_path / "cat"
     shutil.copytree(trained, out)
