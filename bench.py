@@ -127,9 +127,9 @@ def predict(batch, tokens, texts, backward=None):
     """What watch() runs: a prediction of a batch; backward: None no graph, False kept, True gone through."""
     def work(network):
         c, dtype = network.config, next(p.dtype for p in network.parameters() if not p.requires_grad)
-        z = torch.empty(batch, tokens, c.in_channels, dtype=dtype)
-        states = torch.empty(batch, texts, c.joint_attention_dim, dtype=dtype)
-        pooled = torch.empty(batch, c.pooled_projection_dim, dtype=dtype)
+        z = torch.empty(batch, tokens, c.in_channels, dtype=dtype)  # (B, L, D)
+        states = torch.empty(batch, texts, c.joint_attention_dim, dtype=dtype)  # (B, T, E)
+        pooled = torch.empty(batch, c.pooled_projection_dim, dtype=dtype)  # (B, P)
         with torch.set_grad_enabled(backward is not None):
             v = train.predict(network, z, torch.empty(batch), states, pooled, 1.0)
         return v.float().square().mean().backward() if backward else v
@@ -169,8 +169,8 @@ def plan(args, texts=None, states=3.5):
     linears = [m.weight.numel() for m in tuned.modules() if isinstance(m, torch.nn.Linear)]
     blocks = [sum(p.numel() for p in kind[0].parameters())
               for kind in (tuned.transformer_blocks, tuned.single_transformer_blocks)]
-    text, _, text_flop = watch(build("text_encoder_2", config["text_encoder_2"]),
-                               call("forward", 1, texts, dtype=torch.int64), dtype)
+    text = watch(build("text_encoder_2", config["text_encoder_2"]),
+                 call("forward", 1, texts, dtype=torch.int64), dtype)[0]
     latents = args.sample_batch, vae.config.latent_channels, side, side
     decoded, _, decode_flop = watch(vae, call("decode", *latents), dtype)
     encoded, _, encode_flop = watch(vae, call("encode", 1, 3, size, size), dtype)
@@ -198,8 +198,7 @@ def plan(args, texts=None, states=3.5):
         found["latents"][how] = vae_bytes + encoded
         found["train"][how] = resident + optimizer + plain + max(used, kept * whole)
         found["train --checkpointing"][how] = resident + optimizer + given + within + max(used, kept * block)
-    work = dict(text=text_flop, forward=flop / args.sample_batch, decode=decode_flop / args.sample_batch,
-                encode=encode_flop)
+    work = dict(forward=flop / args.sample_batch, decode=decode_flop / args.sample_batch, encode=encode_flop)
     return found, work, (len(lora) // 2, len(lora), sum(lora)), sum(numel.values())
 
 def text_length(model):
@@ -236,8 +235,8 @@ def random_run(model, out, batch, *flags):
     """train.py's arguments, and what train.train takes, random latents for the images."""
     run = train.arguments(["--model", model, "--concept", "cat", "--out", str(out), "--batch", str(batch),
                            "--lr", "0.7", *flags])
-    train.setup(run)
-    preset = argparse.Namespace(**vars(run) | train.TABLE6["object"])
+    table6, = train.fill_presets(train.setup(run), run)
+    preset = argparse.Namespace(**vars(run) | table6)
     config, rng = config_of(model, "transformer"), torch.Generator().manual_seed(0)
     side = run.size // 2 ** (len(config_of(model, "vae")["block_out_channels"]) - 1)
     x = torch.randn(batch, side * side // 4, config["in_channels"], generator=rng)  # (N, L, D)
@@ -291,15 +290,15 @@ def measure_step(args, rounds=20):
 
     def bare(transformer, params, optimizer, step):
         x, mask, states, pooled, sigma, eps = cached
-        t = sigma[:, None, None]
-        z, target, half = (1 - t) * x + t * eps, eps - x, len(mask)
+        t = sigma[:, None, None]  # (2B, 1, 1)
+        z, target, half = (1 - t) * x + t * eps, eps - x, len(mask)  # (2B, L, D)
         transformer.disable_adapters()
         with torch.no_grad():
             v_ref = train.predict(transformer, z, sigma, states, pooled, run.guidance)
         transformer.enable_adapters()
         v = train.predict(transformer, z, sigma, states, pooled, run.guidance)
         S, S_ref = ((mask * (u - target)[:half] ** 2).sum((1, 2)) / mask.sum((1, 2)) for u in (v, v_ref))
-        dS = S - S_ref
+        dS = S - S_ref  # (B,)
         loss = (2 * torch.sigmoid(-3 * (dS - 0.1)) * torch.nn.functional.softplus(-dS)).mean()
         (loss + 0.6 * (v[half:] - v_ref[half:]).square().mean()).backward()
         optimizer.step()

@@ -514,8 +514,8 @@ def place(pipe, args):
             own = list(module.parameters(recurse=False))
             if own and not own[0].requires_grad:
                 add_hook_to_module(module, AlignDevicesHook(args.device, offload=True))
-            else:
-                module.to(args.device) if own else None
+            elif own:
+                module.to(args.device)
     return pipe
 
 def seed_of(seed, concept, index):
