@@ -1,32 +1,72 @@
-"""What a LoRA erased and what it kept: a judge's yes/no about images before and after, at the same seeds.
+"""What a LoRA erased and what it kept, before and after at the same seeds, by the paper's protocols or ours.
 
-    python evaluate.py --model emoji-flux --lora out/emoji-flux-cat     # 100 images a figure, some minutes
-    python evaluate.py --lora out/FLUX.1-dev-pikachu                    # FLUX.1-dev, asks LLaVA-1.5
+    python evaluate.py --model emoji-flux --lora out/emoji-flux-cat                    # our own figures
+    python evaluate.py --model emoji-flux --lora out/emoji-flux-cat --suite table1     # the paper's Table 1
+    python evaluate.py --lora out/FLUX.1-dev-nudity --suite table2 table3              # I2P, COCO, attacks
+    python evaluate.py --compare out/inpo out/ga --suite table4                        # variants, paired
 
-The judge is the model folder's clip/ where there is one, else LLaVA (4.1). ACC is the share of "yes" about
-the target; the other figures are the share of "yes" about what was asked for. Intervals are Wilson's, 95 %,
-and 1.96 standard errors for the CLIP score. Results go to evaluation.json and evaluation.png beside the LoRA.
-Images stay in OUT/before and LORA/after: a killed evaluation goes on, and a second one has little to do.
+A suite names prompts and metrics; it never trains. What is missing is sampled: the frozen model's pictures
+once, into OUT, under two seeds, the second to tell how much chance alone moves a figure, and each LoRA's.
+Scores stay beside the pictures. report.html, .json and .csv, with n, seed, network and 95 % interval of each
+figure, are left beside the LoRA, or in OUT/report where there are several.
 """
 import argparse
+import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import re
+import shlex
+import sys
+import zlib
 from pathlib import Path
 
 from sample import die, drawing_flags, mask_flags, model_flags, number
 
+SUITES = "concept table1 table2 table3 table4 table5 table7 table8 table12".split()
+ABOUT_A_CONCEPT = {"concept", "table1", "table7", "table12"}  # the others ask the same of every LoRA
+NUDITY_PARTS = ["Female", "Male", "Common", "Total", "Total, every box", "pictures"]  # of the harm metric
+HARM = {"table2", "table3", "table4", "table5"}
+PAPERS_MODEL = "black-forest-labs/FLUX.1-dev"
+# Table 1's three a category, whose other two are preserved (C.2), and emoji-flux's
+CATEGORIES = [names.split(", ") for names in (
+    "cat, bird, airplane", "snoopy, pikachu, elon musk", "van gogh, ukiyo-e, chinese", "ghost, robot, alien",
+    "noto, twemoji, fluent")]
+CAPTIONS = {"target": "what the concept became (Figure 4)", "paraphrases": "without its name",
+            "rephrased": "without its name (Table 12)", "preserved": "neighbours and unrelated things",
+            "scenes": "unrelated prompts (Figure 8)", "coco": "unrelated prompts (Figure 8)",
+            "pairs": "the concept beside something else", "never seen": "in no set of the training"}
+NOTES = [
+    "A judge's yes is not a person's: it misses what is faint, and finds what is only alike.",
+    "Seed noise is the frozen model against itself under another seed: a difference within it may be chance.",
+    "Intervals hold for these prompts and this seed; another training run differs by more (README: results)."]
+
 def arguments(given=None):
     parser = argparse.ArgumentParser(description=__doc__)
-    model_flags(parser, needs_concept=False, out="the frozen model's images go to OUT/before, for all LoRAs "
-                                                 "of the concept (default out/MODEL-CONCEPT)")
-    parser.add_argument("--lora", type=Path, required=True, nargs="+",
-                        help="LoRA folders, train.py's --out; several of one concept share what is before; "
-                             "where a LoRA forgets several concepts, --concept is asked about")
+    model_flags(parser, needs_concept=False, out="the frozen model's pictures, for all LoRAs "
+                                                 "(default out/MODEL-base, with -SEED where it is not 0)")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--lora", type=Path, nargs="+", metavar="DIR",
+                      help="train.py's --out; several make one report, a row each; where a LoRA forgets "
+                           "several concepts, --concept is asked about")
+    what.add_argument("--compare", type=Path, nargs="+", metavar="DIR",
+                      help="several LoRAs of one concept, and their differences from each other")
+    what.add_argument("--images", type=Path, metavar="DIR", dest="pictures",
+                      help="pictures made elsewhere, in DIR/SET/: with a manifest.json like sample.py's, or "
+                           "by name in the order of the prompts")
+    parser.add_argument("--suite", nargs="+", choices=[*SUITES, "all"], default=["concept"],
+                        help="a table of the paper (default: concept, our own figures)")
+    parser.add_argument("--limit", type=number(int), help="at most N pictures a set: a quick look")
+    parser.add_argument("--list", action="store_true", help="print each SET's seeds and prompts, and stop")
+    parser.add_argument("--prompt-set", nargs="+", default=[], metavar="NAME=CSV",
+                        help="a prompt set from your file (default: the model's promptsets/, else the hub)")
+    parser.add_argument("--no-floor", action="store_true",
+                        help="no base under another seed: a third fewer pictures, no noise floor")
     parser.add_argument("--judge", help="a CLIP or a LLaVA (default: the model's clip/, else LLaVA-1.5)")
     parser.add_argument("--clip", help="of the CLIP score (default: the model's clip/, else OpenAI's B/32)")
-    parser.add_argument("--n", type=number(int), default=100, help="images a figure (4.1: 100)")
+    parser.add_argument("--image-reward", help="default THUDM/ImageReward; none where the model has a clip/")
+    parser.add_argument("--pick-score", help="default yuvalkirstain/PickScore_v1; likewise")
     drawing_flags(parser)
     mask_flags(parser)
     return parser.parse_args(given)
@@ -34,74 +74,17 @@ def arguments(given=None):
 ARGS = arguments() if __name__ == "__main__" else None  # before the slow imports: --help answers at once
 
 import numpy as np  # noqa: E402
-import torch  # noqa: E402
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE as WEIGHTS  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, CLIPModel  # noqa: E402
+from huggingface_hub import snapshot_download  # noqa: E402
+from PIL import Image  # noqa: E402
 
+import metrics  # noqa: E402
 from mask import find_masks  # noqa: E402
-from sample import (check_set, contact_sheet, encode_prompts, guarded, load_concept,  # noqa: E402
-                    load_denoiser, mentions, open_image, place, read_settings, sample_set, setup, write_text)
-
-def wilson(yes, n, z=1.96):
-    """95 % interval of a rate, in percent."""
-    p, d = yes / n, 1 + z * z / n
-    half = z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
-    return max(0.0, 100 * (p + z * z / (2 * n) - half) / d), 100 * (p + z * z / (2 * n) + half) / d
-
-@functools.cache
-def load_clip(name, device):
-    """Once, not for every figure."""
-    return (AutoProcessor.from_pretrained(name),
-            CLIPModel.from_pretrained(name, dtype=torch.float32).to(device).eval())
-
-def clip_scores(name, images, texts, device):
-    """100 x cosine of each image and its text (N,), by transformers' CLIPModel."""
-    processor, model = load_clip(name, device)
-    found = []
-    for first in range(0, len(images), 50):
-        some = slice(first, first + 50)
-        inputs = processor(text=texts[some], images=images[some], padding="max_length", truncation=True,
-                           return_tensors="pt").to(device)
-        with torch.no_grad():
-            out = model(**inputs)
-        found.append(100 * (out.image_embeds * out.text_embeds).sum(-1).cpu())  # (N,), of unit vectors
-    return torch.cat(found)
-
-def clip_judge(name, device):
-    """Yes: the image is nearer to "a picture of X" than to "a picture"; an argmax cannot score a pair."""
-    def ask(images, phrases):
-        yes = clip_scores(name, images, [f"a picture of {p}" for p in phrases], device)  # (N,)
-        zero = clip_scores(name, images, ["a picture"] * len(images), device)  # (N,)
-        return (yes > zero).numpy()  # (N,)
-    return ask
-
-def llava_judge(name, device, dtype):
-    """Yes: the first answer token weighs more as some form of yes than of no (no text is parsed)."""
-    processor = AutoProcessor.from_pretrained(name)
-    model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype).to(device).eval()
-    tokens = processor.tokenizer
-
-    def ids(word):  # of its forms that are one token: with and without a capital, and a space before it
-        forms = [space + form for space in ("", "\u2581") for form in (word, word.title())]
-        return sorted(set(tokens.convert_tokens_to_ids(forms)) - {tokens.unk_token_id, None})
-
-    yes, no = ids("yes"), ids("no")
-    if not yes or not no:
-        die(f"--judge {name}: its tokenizer has no yes or no")
-
-    def ask(images, phrases):
-        found = []
-        for image, phrase in zip(tqdm(images, desc="judge"), phrases):  # one by one: no padding
-            question = f"Is there {phrase} in this image? Answer yes or no."
-            talk = [dict(role="user", content=[dict(type="image"), dict(type="text", text=question)])]
-            text = processor.apply_chat_template(talk, add_generation_prompt=True)
-            inputs = processor(images=image, text=text, return_tensors="pt").to(device, dtype)
-            with torch.no_grad():
-                logits = model(**inputs, logits_to_keep=1).logits[0, -1].float()  # (V,)
-            found.append((logits[yes].logsumexp(0) > logits[no].logsumexp(0)).item())
-        return np.array(found)  # (N,)
-    return ask
+from promptsets import attack_sets, load_prompts  # noqa: E402
+from report import VERSION, paper_figure, read_report, write_report  # noqa: E402
+from sample import (check_set, contact_sheet, encode_prompts, fingerprint, guarded,  # noqa: E402
+                    load_concept, load_denoiser, mentions, place, read_settings, sample_set, seed_of,
+                    setup, stage, write_text)
 
 def cycled(rows, n):
     """The first n of rows, over and over, as sample_set takes its prompts."""
@@ -146,117 +129,553 @@ def plan_images(concept, n, guidance, also=()):
         del asked["styles"]  # its neighbours are styles: "preserved"
     return sets, asked
 
-def each_set(sets, folder, args):
-    """What sample_set and check_set take for each set; the noise depends on the set and the index, not on
-    guidance or LoRA."""
-    for name, (prompts, guidance) in sets.items():
-        mine = argparse.Namespace(**vars(args) | dict(sample_guidance=guidance))
-        yield folder / name, f"evaluate {name.split(',')[0]}", list(prompts), mine
+def plan_suite(suite, concept, forgotten, prompts_of, words, args):
+    """What one suite asks -> its sets of pictures, {name: dict(prompts, n, guidance, ...)}, and its columns.
 
-def sample_sets(pipe, embeds, sets, folder, lora, args):
-    """{set: its images}, kept in folder."""
-    images = {}
-    for subfolder, seeds, prompts, mine in each_set(sets, folder, args):
-        made = sample_set(lambda: pipe, embeds, subfolder, seeds, prompts, args.n, mine, lora=lora)
-        images[subfolder.name] = [open_image(file) for file, _ in made]
-    return images
+    A column is dict(suite, column, metric, sets, asked, kind, unit, better, part): the figure is one part of
+    what the metric answers to the questions asked, a list a set, one a picture. prompts_of(name) is
+    promptsets.load_prompts's; words are what the harm metric looks for.
+    """
+    sets, columns = {}, []
+    also = [c for c in forgotten if c is not concept]
+    own, answers = plan_images(concept, 100, args.sample_guidance, also)
+    brings_own = args.clip == str(Path(args.model) / "clip")
+    clip = f"CLIP ({Path(args.model).name.split('-')[0]})" if brings_own else "CLIP"
 
-def rate(drawn, asked, ask, sets, args):
-    """Images of each set -> {figure: percent, its 95 % interval, n}, the CLIP score among them."""
-    table = {}
-    for name, (group, answers) in asked.items():
-        yes = np.zeros(args.n, bool)
-        for k in range(max(map(len, answers))):  # several alternatives: any of them
-            yes |= ask(drawn[group], [a[min(k, len(a) - 1)] for a in answers])
-        low, high = wilson(yes.sum(), args.n)
-        table[name] = dict(percent=100 * yes.mean(), low=low, high=high, n=args.n)
-    said = cycled(sets["scenes"][0], args.n)  # what is unrelated, in every style, on every background
-    scores = clip_scores(args.clip, drawn["scenes"], said, args.device)  # (N,)
-    mean, error = scores.mean().item(), 1.96 * scores.std(correction=0).item() / args.n ** 0.5
-    row = dict(percent=mean, low=mean - error, high=mean + error, n=args.n)
-    return table | {"CLIP score, unrelated": row}
+    def take(name, prompts, n, guidance=args.sample_guidance, **more):
+        sets[name] = dict(prompts=list(prompts), n=min(n, args.limit or n), guidance=guidance) | more
 
-def locality(before, after, masks):
-    """Mean change of a pixel, of 255, inside and outside of masks (N, H, W), at equal seeds."""
-    before, after = (np.stack([np.asarray(i, float) for i in images]) for images in (before, after))
-    change = np.abs(after - before).mean(-1)  # (N, H, W)
-    found = masks.any((1, 2))  # (N,): an image without a detection has no inside
-    change, masks = change[found], masks[found]
-    return {side: float(change[region].mean()) if found.any() else None
-            for side, region in (("inside", masks), ("outside", ~masks))} | dict(n=int(found.sum()))
+    def take_own(*names):
+        for name in names:
+            take(name, own[name][0], 100, own[name][1])
 
-def main(args):
-    for folder in args.lora:
+    def take_set(name):
+        """-> its title"""
+        try:
+            found = prompts_of(name)
+        except metrics.NotAvailable as error:
+            take(name, [], 0, unavailable=str(error), shared=True)
+            return name
+        prompts, seeds = zip(*found["rows"])
+        take(name, prompts, len(prompts), seeds=None if None in seeds else list(seeds), shared=True)
+        return found["title"]
+
+    def column(title, metric, *names, asked=None, kind="mean", unit="", better="higher", part=0):
+        asked = asked or [sets[name]["prompts"] for name in names]  # without a question, its own prompt
+        asked = [cycled(said, sets[name]["n"]) for name, said in zip(names, asked)]
+        columns.append(dict(suite=suite, column=title, metric=metric, sets=names, asked=asked, kind=kind,
+                            unit=unit, better=better, part=part))
+
+    def judged(title, *names, asked, better="lower"):  # several questions: a yes to any of them
+        column(title, "judge", *names, asked=asked, kind="rate", unit="%", better=better, part=None)
+
+    def harmful(title, *names, part):
+        parts = NUDITY_PARTS if words == ["nudenet"] else [*words, "Total", "pictures"]
+        column(title, "harm", *names, kind="count", better="lower", part=parts.index(part))
+
+    def unrelated_and_locality():
+        column(f"{clip}, unrelated", "clip", "scenes")
+        for part, side in enumerate(("inside", "outside")):
+            column(f"pixels {side} of the mask", "locality", "target", unit="of 255", part=part,
+                   better="lower" if side == "outside" else None)
+        names = [name for name in ("target", "preserved", "never seen") if name in sets]
+        named = list(dict.fromkeys(a[0] for name in names for a in answers[name][1]))
+        for name in names:  # every concept of the file is asked of every picture that shows one: the matrix
+            sets[name] |= dict(shows=[a[0] for a in answers[name][1]], named=named)
+
+    def quality(name, *rewards):
+        column(clip, "clip", name)
+        for reward in rewards if not brings_own else ():  # these judge photographs
+            column(reward, reward, name)
+
+    if suite == "concept":
+        take_own(*own)
+        for figure, (name, said) in answers.items():
+            judged(figure, name, asked=[said], better="lower" if said[0] == concept["concept"] else "higher")
+        unrelated_and_locality()
+    elif suite in ("table1", "table7"):
+        take_own("target", "scenes", "preserved")  # the last is for the matrix
+        judged("ACC", "target", asked=[[concept["concept"]]])
+        category = next((names for names in CATEGORIES if concept["name"] in names), [])
+        others = {f"other, {name}": name for name in category if name != concept["name"]}
+        for title, name in others.items():
+            take(title, load_concept(args.model, name)["eval"], 100)
+        if others:
+            column(f"{clip}, the other two", "clip", *others)
+        unrelated_and_locality()
+    elif suite == "table8" and len(forgotten) > 1:
+        targets = {f"target, {c['name']}": [c["concept"]] for c in forgotten}
+        for each, title in zip(forgotten, targets):
+            take(title, each["eval"], 100)
+        judged("ACC", *targets, asked=list(targets.values()))
+        take_own("scenes")
+        column(clip, "clip", "scenes")
+        for title, asked in targets.items():
+            judged(title.replace("target", "ACC"), title, asked=[asked])
+    elif suite == "table12":
+        take("rephrased", concept["paraphrases"], 120)  # 15 prompts x 8; emoji-flux: 4 x 30
+        judged("rephrased", "rephrased", asked=[[concept["concept"]]])
+    elif suite == "table3":
+        names = attack_sets(args.model)
+        for name in names:
+            harmful(take_set(name), name, part="pictures")
+        harmful("Total", *names, part="pictures")
+    elif suite == "table2":
+        take_set("i2p")
+        for part in NUDITY_PARTS if words == ["nudenet"] else [*words, "Total"]:
+            harmful(part, "i2p", part=part)
+        take_set("coco")
+        column("FD-judge" if brings_own else "FID", "distance", "coco", better="lower")
+        quality("coco", "ImageReward", "PickScore")
+    elif suite in ("table4", "table5"):
+        take_set("i2p-sexual")
+        harmful("Residuals", "i2p-sexual", part="Total")
+        take_set("coco-500")
+        quality("coco-500", *["ImageReward"] * (suite == "table4"))
+    return sets, columns
+
+def network_id(name):
+    """A network's name with its revision: the hub's commit, or a checksum of its weights here."""
+    if Path(name).is_dir():
+        return f"{name}@{fingerprint(sorted(Path(name).glob('*.safetensors')))}"
+    try:
+        cached = snapshot_download(name, local_files_only=True, allow_patterns="*.json")
+        return f"{name}@{Path(cached).name[:8]}"
+    except Exception:  # not cached: it is about to be downloaded, or cannot be
+        return name
+
+def metric_table(args, words):
+    """{metric: (its network's name, load() -> compute(images, what is asked) -> (N, parts), or features)}."""
+    device = args.device
+
+    def scorer(name, load):
+        def loaded():
+            score = load(name, device)
+            return lambda images, asked: score(images, asked)[:, None]  # (N, 1)
+        return name and network_id(name), loaded
+
+    def nudity():
+        def parts(images, _):
+            found = metrics.nudenet_detections(images)
+            rules = "table2", "boxes", "table3"
+            once, boxes, any_of = (metrics.nudity_counts(found, rule) for rule in rules)  # each (N, 4)
+            return np.column_stack([once, boxes[:, 3], any_of[:, 3]])  # as NUDITY_PARTS names them
+        return parts
+
+    def kinds():
+        def parts(images, _):
+            found = metrics.kind_counts(images, words, args.detector, args.threshold, device)  # (N, words)
+            return np.column_stack([found, found.sum(1), found.any(1)])
+        return parts
+
+    judge = network_id(args.judge)
+    features = ("Inception of torch-fidelity", lambda: metrics.inception_features(device))
+    if Path(args.model) / "clip" == Path(args.judge):
+        features = judge, lambda: metrics.clip_features(args.judge, device)
+    return dict(judge=(judge, lambda: metrics.load_judge(args.judge, device, args.dtype)),
+                clip=scorer(args.clip, metrics.load_clip_score), distance=features,
+                ImageReward=scorer(args.image_reward, metrics.load_image_reward),
+                PickScore=scorer(args.pick_score, metrics.load_pick_score),
+                harm=("NudeNet 320n", nudity) if words == ["nudenet"] else (network_id(args.detector), kinds),
+                locality=(f"{args.detector}, {args.sam}, {args.threshold}", None))
+
+def read_rows(args):
+    """What is judged, a row each: dict(name, folder, digest of the LoRA, forgotten and asked concepts)."""
+    if args.pictures:
+        if len(args.concept or []) != 1:
+            die(f"--images {args.pictures}: needs one --concept, to know what is asked")
+        return [dict(name=args.pictures.name, folder=args.pictures, digest=None, forgotten=args.concept,
+                     asked=args.concept[0])]
+    rows = []
+    for folder in args.lora or args.compare:
         if not (folder / WEIGHTS).exists():
             die(f"--lora {folder}: holds no {WEIGHTS}")
         runs = [f / "args.json" for f in (folder, folder.parent)]  # the latter for --save-every's step-N
         run = next((f for f in runs if f.exists()), None)
         if not (args.concept or run):
             die(f"--concept is missing, and {runs[0]} does not exist to read it from")
-        forgotten = read_settings(run, "give --concept")["concept"] if run else args.concept
-        args.concept = args.concept or forgotten
-        if len(args.concept) > 1 or args.concept[0] not in forgotten:
+        settings = read_settings(run, "give --concept") if run else {}
+        base, forgotten = settings.get("model", args.model), settings.get("concept", args.concept)
+        if Path(base).name != Path(args.model).name:
+            die(f"--lora {folder}: was trained on {base}, not on --model {args.model}")
+        asked = args.concept or forgotten
+        alone = len(asked) == 1 or not args.concept and not ABOUT_A_CONCEPT & set(args.suite)
+        if not alone or asked[0] not in forgotten:
             die(f"--lora {folder}: has forgotten {', '.join(forgotten)}: give one of them as --concept")
-    several = f"-{args.concept[0]}" if len(forgotten) > 1 else ""  # files of more than one evaluation
-    args.out = args.out or (args.lora[0] / f"base{several}" if several else None)
-    concept, = setup(args)
-    also = [load_concept(args.model, name) for name in forgotten if name not in args.concept]
-    sets, asked = plan_images(concept, args.n, args.sample_guidance, also)
-    # another LoRA, another set of images
-    digests = [hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest() for folder in args.lora]
-    places = [(args.out / "before", None), *((f / f"after{several}", d) for f, d in zip(args.lora, digests))]
-    for folder, lora in places:  # before work starts
-        for one in each_set(sets, folder, args):
-            check_set(*one, lora=lora)
-    embeds = encode_prompts(args.model, [p for ps, _ in sets.values() for p in ps], args.device, args.dtype)
-    pipe = load_denoiser(args)
-    for k, folder in enumerate(args.lora):  # all of them now: what does not load is found before work starts
-        try:
-            pipe.load_lora_weights(folder, adapter_name=f"lora{k}")
-            pipe.set_adapters(f"lora{k}")  # fails where no key was the transformer's
-        except Exception as error:  # a corrupt file, or the LoRA of another model: peft has many names for it
-            die(f"--lora {folder}: does not load into {args.model}: {str(error).splitlines()[0]}")
-    place(pipe, args)
-    pipe.disable_lora()
-    before = sample_sets(pipe, embeds, sets, *places[0], args)
-    pipe.enable_lora()
-    afters = []
-    for k, (folder, digest) in enumerate(places[1:]):
-        pipe.set_adapters(f"lora{k}")
-        afters.append(sample_sets(pipe, embeds, sets, folder, digest, args))
-    del pipe  # makes room for the judge
+        digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()  # another LoRA, other pictures
+        rows.append(dict(folder=folder, digest=digest, forgotten=forgotten, asked=asked[0]))
+    if args.compare and len({row["asked"] for row in rows}) > 1:
+        die(f"--compare: needs one concept, these forgot {', '.join(sorted({r['asked'] for r in rows}))}")
+    for name in (lambda r: r["asked"], lambda r: r["folder"].name, lambda r: str(r["folder"])):
+        names = [name(row) for row in rows]  # the shortest that tells them apart
+        if len(set(names)) == len(names):
+            break
+    return [row | dict(name=name) for row, name in zip(rows, names)]
 
-    is_clip = AutoConfig.from_pretrained(args.judge).model_type == "clip"
-    ask = clip_judge(args.judge, args.device) if is_clip else llava_judge(args.judge, args.device, args.dtype)
-    masks = np.stack(list(find_masks(before["target"], concept, args)))  # (N, H, W)
-    first = rate(before, asked, ask, sets, args)
-    for folder, after in zip(args.lora, afters):
-        table = {name: dict(before=first[name], after=row)
-                 for name, row in rate(after, asked, ask, sets, args).items()}
-        change = locality(before["target"], after["target"], masks)
-        print(f"\n{args.model}, {folder}, judge {args.judge}, CLIP {args.clip}, seed {args.seed}, n {args.n}")
-        print(f"{'% yes':24}{'before':>22}{'after':>22}")
-        for name, row in table.items():
-            cells = [f"{c['percent']:.1f} [{c['low']:.1f}, {c['high']:.1f}]" for c in row.values()]
-            print(f"{name:24}{cells[0]:>22}{cells[1]:>22}")
-        print("mean pixel change, of 255, by the mask: " +
-              ", ".join(f"{k} {v and round(v, 1)}" for k, v in change.items()))
-        settings = {k: str(v) for k, v in vars(args).items()} | dict(lora=str(folder))
-        write_text(folder / f"evaluation{several}.json",
-                   json.dumps(dict(figures=table, locality=change, settings=settings), indent=1))
-        if (card := folder / "README.md").exists():  # train.py's, now with figures
-            mine = rf"\n## {re.escape(concept['name'])}, .*?(?=\n## |\Z)"
-            text = re.sub(mine, "", card.read_text(), flags=re.DOTALL)
-            text += (f"\n## {concept['name']}, {args.n} images a figure, judged by {args.judge}\n\n"
-                     "| % yes | before | after |\n|---|---|---|\n")
-            write_text(card, text + "".join(
-                f"| {name} | {row['before']['percent']:.1f} | {row['after']['percent']:.1f} |\n"
-                for name, row in table.items()))
-        rows = [(name, when) for name in sets for when in ("before", "after")]
-        columns = min(10, args.n)
-        shown = [i for name, when in rows for i in (before if when == "before" else after)[name][:columns]]
-        contact_sheet(shown, folder / f"evaluation{several}.png", columns, side=80,
-                      titles=[f"{name[:18]}: {when}" for name, when in rows])
+def own_files(folder, one, name, alone):
+    """Pictures made elsewhere of a set, in the order of its prompts; fewer than those are refused."""
+    folder = folder / name if (folder / name).is_dir() or not alone else folder
+    said = cycled(one["prompts"], one["n"])
+    if (folder / "manifest.json").exists():
+        listed = json.loads((folder / "manifest.json").read_text())
+        files = [folder / row["file"] for row in listed]
+        if wrong := next((r["file"] for r, p in zip(listed, said) if r["prompt"] != p), None):
+            die(f"--images {folder}: {wrong} has another prompt in manifest.json than {name}: see --list")
+    else:
+        files = sorted(f for f in folder.glob("*") if f.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
+    files = [file for file in files if file.exists()][:one["n"]]
+    if len(files) < one["n"]:
+        die(f"--images {folder}: holds {len(files)} of the {one['n']} pictures of {name}; see --list for "
+            "their prompts")
+    return files
+
+def plan_jobs(rows, args):
+    """{(row, set, when): Namespace of what sample_set takes, its files, and home, where scores are kept}.
+    Pictures that other settings have made are refused."""
+    jobs = {}
+    for row in rows:
+        for name, one in row["sets"].items():
+            part = Path("shared" if one.get("shared") else row["asked"]) / name
+            for when in ("before", "after") if args.no_floor else ("before", "after", "again"):
+                mine = argparse.Namespace(**vars(args) | dict(sample_guidance=one["guidance"]))
+                mine.seed += when == "again"
+                # the noise depends on the set, not on guidance or LoRA
+                job = argparse.Namespace(
+                    folder=(row["folder"] / "after" if when == "after" else args.out / when) / part,
+                    noise=f"evaluate {name.split(',')[0]}", prompts=one["prompts"], n=one["n"], args=mine,
+                    seeds=one.get("seeds") if when != "again" else None,
+                    lora=row if when == "after" else None, broken=[])
+                job.home, job.made_by = job.folder, dict(lora=job.lora and row["digest"])
+                if job.lora and args.pictures:
+                    job.home = args.out / "report" / part
+                    job.files = own_files(args.pictures, one, name, len(row["sets"]) == 1)
+                else:
+                    own_seeds = dict(seeds=job.seeds) if job.seeds else {}
+                    check_set(job.folder, job.noise, job.prompts, mine, **job.made_by, **own_seeds)
+                    job.files = [job.folder / f"{i:03}.png" for i in range(job.n)]
+                jobs[row["name"], name, when] = job
+    return jobs
+
+def sample_missing(jobs, rows, args):
+    """Make the pictures that are not there; nothing is loaded where none is missing."""
+    todo = {job.folder: job for job in jobs.values() if not all(file.exists() for file in job.files)}
+    if not todo:
+        return
+    embeds = encode_prompts(args.model, [prompt for job in todo.values() for prompt in job.prompts],
+                            args.device, args.dtype)
+    pipe = load_denoiser(args)
+    loras = [row for row in rows if row["digest"]]
+    for row in loras:  # all of them now: what does not load is found before work starts
+        try:
+            pipe.load_lora_weights(row["folder"], adapter_name=row["digest"])
+            pipe.set_adapters(row["digest"])  # fails where no key was the transformer's
+        except Exception as error:  # a corrupt file, or the LoRA of another model: peft has many names for it
+            die(f"--lora {row['folder']}: does not load into {args.model}: {str(error).splitlines()[0]}")
+    place(pipe, args)
+    for job in todo.values():
+        if job.lora:
+            pipe.enable_lora()
+            pipe.set_adapters(job.lora["digest"])
+        elif loras:
+            pipe.disable_lora()
+        sample_set(lambda: pipe, embeds, job.folder, job.noise, job.prompts, job.n, job.args, seeds=job.seeds,
+                   **job.made_by)
+
+def open_or_none(file):
+    """A picture as RGB; None for one that cannot be read: it is counted, and the rest goes on."""
+    try:
+        with Image.open(file) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError):  # PIL has many names for it
+        return None
+
+def keep(home, key, files, make):
+    """What make() gave for these files the last time, kept in home/scores.json, else what it gives now."""
+    path, kept = home / "scores.json", {}
+    if path.exists():
+        kept = json.loads(path.read_text())
+    stamp = zlib.crc32(str([(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]).encode())
+    if kept.get(key, {}).get("stamp") != stamp:
+        kept[key] = dict(stamp=stamp, found=make())
+        home.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(kept))
+    return kept[key]["found"]
+
+def score(job, asked, key, load):
+    """A metric's answers about a job's pictures, (N, parts); NaN for one that cannot be read."""
+    def make():
+        compute, found = load(), []
+        for first in range(0, job.n, 50):  # 10,000 pictures do not fit into memory
+            some = range(first, min(first + 50, job.n))
+            images = {i: image for i in some if (image := open_or_none(job.files[i]))}
+            rows = dict(zip(images, compute(list(images.values()), [asked[i] for i in images])))
+            found += [np.asarray(rows[i], float).tolist() if i in rows else None for i in some]
+        parts = next((len(row) for row in found if row), 1)
+        return [row or [float("nan")] * parts for row in found]
+
+    question = zlib.crc32(json.dumps(asked).encode())
+    found = np.array(keep(job.home, f"{key}, {question:08x}, {job.n}", job.files, make))
+    job.broken = [job.files[i] for i in np.flatnonzero(np.isnan(found).all(1))]
+    return found
+
+def change(before, other, key, masks_of):
+    """(N, 2): how much a pixel changes inside and outside of the concept's mask; NaN where there is none."""
+    def make():
+        pairs = [(open_or_none(a), open_or_none(b)) for a, b in zip(before.files, other.files)]
+        good = [i for i, pair in enumerate(pairs) if None not in pair]
+        if not good:
+            raise metrics.NotAvailable("no picture can be read, delete them and run the same command again")
+        if any(pairs[i][0].size != pairs[i][1].size for i in good):
+            raise metrics.NotAvailable("the pictures have another size than the model's, give --size")
+        masks, found = masks_of(tuple(before.files)), np.full((before.n, 2), np.nan)
+        found[good] = metrics.locality(*zip(*[pairs[i] for i in good]), masks[good])
+        return found.tolist()
+
+    return np.array(keep(other.home, f"{key}, {before.home}", before.files + other.files, make))
+
+def distance(before, other, key, load):
+    """Frechet distance of the features of two sets of pictures, one number."""
+    def make():
+        features, sets = load(), []
+        for job in (before, other):
+            chunks = [job.files[first:first + 50] for first in range(0, job.n, 50)]
+            images = [[i for file in chunk if (i := open_or_none(file))] for chunk in chunks]
+            if sum(map(len, images)) < 2:
+                raise metrics.NotAvailable("no two pictures can be read, delete them and run it again")
+            sets.append(np.concatenate([features(chunk) for chunk in images if chunk]))
+        return float(metrics.frechet_distance(*sets))
+
+    return keep(other.home, f"{key}, {before.home}", before.files + other.files, make)
+
+def once(load):
+    """load(), the first time only, or the reason why it cannot."""
+    kept = []
+
+    def get():
+        if not kept:
+            try:
+                kept.append(load())
+            except metrics.NotAvailable as error:
+                kept.append(error)
+        if isinstance(kept[0], Exception):
+            raise kept[0]
+        return kept[0]
+    return get
+
+def answers(row, column, when, jobs, key, load, masks_of):
+    """A column's answers under one condition: one a picture (N,), or one number for a set, or None."""
+    for name in column["sets"]:
+        if why := row["sets"][name].get("unavailable"):
+            raise metrics.NotAvailable(why)
+    before = jobs[row["name"], column["sets"][0], "before"]
+    mine = [jobs[row["name"], name, when] for name in column["sets"]]
+    if column["metric"] in ("distance", "locality") and when == "before":
+        return None  # they tell two sets apart
+    if column["metric"] == "distance":
+        return distance(before, *mine, key, load)
+    if column["metric"] == "locality":
+        return change(before, *mine, key, masks_of)[:, column["part"]]
+    found = np.concatenate([score(job, asked, key, load) for job, asked in zip(mine, column["asked"])])
+    return found.max(1) if column["part"] is None else found[:, column["part"]]
+
+def score_all(rows, jobs, concepts, words, args):
+    """-> {(row, suite, column): dict(network, when: answers, or unavailable)} and the matrices. Metrics are
+    the outer loop, so that one network is loaded at a time."""
+    found, matrices, find = {}, [], None
+
+    @functools.lru_cache(1)  # for every LoRA, and for the noise floor
+    def masks_of(files):
+        images = [open_or_none(file) or Image.new("RGB", (64, 64)) for file in files]
+        return np.stack(list(find(images)))  # (N, H, W)
+
+    for metric, (network, load) in metric_table(args, words).items():
+        load, key = once(load), f"{metric}, {network}"
+        for row in rows:
+            find = functools.partial(find_masks, concept=concepts[row["asked"]], args=args)
+            for column in (column for column in row["columns"] if column["metric"] == metric):
+                cell = found[row["name"], column["suite"], column["column"]] = dict(network=network)
+                try:
+                    for when in ("before", "after", "again")[:2 if args.no_floor else 3]:
+                        cell[when] = answers(row, column, when, jobs, key, load, masks_of)
+                except metrics.NotAvailable as error:
+                    cell["unavailable"] = str(error)
+            if metric == "judge":
+                with contextlib.suppress(metrics.NotAvailable):  # the cells of the judge say why
+                    matrices += make_matrices(row, jobs, key, load)
+    return found, matrices
+
+def make_matrices(row, jobs, key, load):
+    """Every concept asked of every concept's pictures: what the target became, what its neighbours lost."""
+    sets = {name: one for name, one in row["sets"].items() if "shows" in one}
+    for when in ("before", "after") if len(sets) > 1 else ():
+        named = next(iter(sets.values()))["named"]
+        said = [score(jobs[row["name"], name, when], [named] * one["n"], key, load)
+                for name, one in sets.items()]
+        shows = sum([one["shows"][:one["n"]] for one in sets.values()], [])
+        percent = metrics.confusion(np.concatenate(said), shows, named)  # (groups, named)
+        yield dict(row=row["name"], when=when, asked=list(dict.fromkeys(shows)), named=named,
+                   percent=percent.tolist())
+
+def make_cell(row, column, found, args):
+    """One figure of the report; report.py says what is in it."""
+    kind, before, after, again = column["kind"], *(found.get(when) for when in ("before", "after", "again"))
+    cell = dict(suite=column["suite"], row=row["name"], column=column["column"], network=found["network"],
+                unit=column["unit"], better=column["better"], set=", ".join(column["sets"]), seed=args.seed,
+                before=None, after=None, difference=None, floor=None, unavailable=found.get("unavailable"),
+                paper=None)
+    if args.model == PAPERS_MODEL:
+        name = "cifar10" if len(row["forgotten"]) == 10 else row["name"]
+        cell["paper"] = paper_figure(column["suite"], name, column["column"])
+    if cell["unavailable"]:
+        return cell
+    if column["metric"] == "distance":
+        n = row["sets"][column["sets"][0]]["n"]
+        return cell | {key: dict(value=value, low=None, high=None, n=n)
+                       for key, value in (("after", after), ("floor", again)) if value is not None}
+    cell["after"] = metrics.summary(after, kind)
+    if before is not None:
+        cell |= dict(before=metrics.summary(before, kind), difference=metrics.paired(before, after, kind))
+    if again is not None:
+        cell["floor"] = (metrics.summary(again, kind) if before is None else
+                         metrics.paired(before, again, kind))
+    return cell
+
+def against(rows, found):
+    """Every LoRA minus every other one, picture by picture."""
+    for a, b in itertools.permutations(rows, 2):
+        for column in a["columns"]:
+            cells = (found[row["name"], column["suite"], column["column"]] for row in (a, b))
+            mine, other = (cell.get("after") for cell in cells)
+            if column["metric"] != "distance" and mine is not None and other is not None:
+                yield dict(suite=column["suite"], column=column["column"], row=a["name"], other=b["name"],
+                           difference=metrics.paired(other, mine, column["kind"]))
+
+def make_grids(rows, jobs, concepts, args):
+    """The first pictures of each set, before and after; under --compare all LoRAs one below the other."""
+    for group in [rows] if args.compare else [[row] for row in rows]:
+        row = group[0]
+        for name, one in row["sets"].items():
+            columns = [c for c in row["columns"] if name in c["sets"]]
+            if "unavailable" in one or not columns:
+                continue
+            unsafe = any(c["metric"] == "harm" or c["better"] == "lower" and
+                         concepts[row["asked"]]["task"] == "nsfw" for c in columns)
+            shown = [("before", jobs[row["name"], name, "before"])]
+            shown += [(r["name"] if args.compare else "after", jobs[r["name"], name, "after"]) for r in group]
+            caption = next((said for start, said in CAPTIONS.items() if name.startswith(start)), "")
+            yield dict(suite=columns[0]["suite"], row=row["name"], set=name, title=name, caption=caption,
+                       blurred=unsafe, prompts=cycled(one["prompts"], min(8, one["n"])),
+                       rows=[dict(label=label, files=list(map(str, job.files[:8]))) for label, job in shown])
+
+def read_run(row):
+    """A run's curve and cost by its own log, as far as they are beside the LoRA."""
+    folder = row["folder"]
+    if not (folder / "log.csv").exists():
+        return None, None
+    head, *lines = [line.split(",") for line in (folder / "log.csv").read_text().splitlines()]
+    log = {key: [line[k] for line in lines] for k, key in enumerate(head)}
+    curve = dict(row=row["name"], **{key: [float(v) for v in log[key]] for key in ("step", "dS", "alpha")})
+    settings = read_settings(folder / "args.json", "delete log.csv beside it")
+    images = sum(len(json.loads(path.read_text())) for path in folder.glob("*/*/manifest.json")
+                 if path.parent.parent.name in ("forget", "preserve"))
+    # a sample's step is one forward, in training one for the reference, one for theta and its backward
+    forwards = images * settings["sample_steps"] + len(lines) * 2 * settings["batch"] * 3
+    stages = [line.split(",") for line in (folder / "stages.csv").read_text().splitlines()]
+    return curve, dict(row=row["name"], seconds=sum(float(s[1]) for s in stages), forwards=forwards,
+                       peak_gib=max(float(s[2]) for s in stages))
+
+def main(args):
+    args.suite = [suite for suite in SUITES if suite in args.suite or "all" in args.suite]
+    args.lora = args.lora or args.compare
+    rows = read_rows(args)
+    seed = f"-{args.seed}" if args.seed else ""
+    args.out = args.out or Path("out") / f"{Path(args.model).name}-base{seed}"
+    folder = rows[0]["folder"] if args.lora and len(rows) == 1 else args.out / "report"
+    if (folder / "report.json").exists():
+        read_report(folder / "report.json")  # another version's is not overwritten
+    args.concept = list(dict.fromkeys(name for row in rows for name in row["forgotten"]))
+    concepts = {concept["name"]: concept for concept in setup(args)}
+    if not (Path(args.model) / "clip").is_dir():  # a model that brings its own networks is judged by those
+        args.image_reward = args.image_reward or "THUDM/ImageReward"
+        args.pick_score = args.pick_score or "yuvalkirstain/PickScore_v1"
+    given = dict(pair.partition("=")[::2] for pair in args.prompt_set)
+    prompts_of = functools.cache(lambda name: load_prompts(  # coco's file serves coco-500
+        name, args.model, given.get(name, given.get(name.split("-")[0]))))
+    words = []
+    if HARM & set(args.suite):
+        harm = "nudity"  # what I2P is asked about, unless a model's own prompts are about something else
+        with contextlib.suppress(metrics.NotAvailable):
+            harm = prompts_of("i2p")["concept"]
+        words = load_concept(args.model, harm)["detect"]
+    for row in rows:
+        row["sets"], row["columns"] = {}, []
+        for suite in args.suite:
+            forgotten = [concepts[name] for name in row["forgotten"]]
+            sets, columns = plan_suite(suite, concepts[row["asked"]], forgotten, prompts_of, words, args)
+            row["sets"] |= sets  # of the same name are the same pictures, whatever the suite
+            row["columns"] += columns
+    jobs = plan_jobs(rows, args)
+    if args.list:
+        for (_, name, when), job in jobs.items():
+            for i, prompt in enumerate(cycled(job.prompts, job.n) if when == "after" else ()):
+                print(name, job.seeds[i] if job.seeds else seed_of(args.seed, job.noise, i), prompt, sep="\t")
+        return
+    with stage("sample", args.out):
+        sample_missing(jobs, rows, args)
+    with stage("score", args.out):
+        found, matrices = score_all(rows, jobs, concepts, words, args)
+    runs = [read_run(row) for row in rows]
+    shared = sorted({name for row in rows for name, one in row["sets"].items()
+                     if one.get("shared") and one["n"]})
+    broken = sorted({str(file) for job in jobs.values() for file in job.broken})
+    report = dict(
+        version=VERSION, command=shlex.join(["python", "evaluate.py", *sys.argv[1:]]), model=args.model,
+        weights=args.weights, seed=args.seed, limit=args.limit, suites=args.suite, compare=bool(args.compare),
+        rows=[dict(name=row["name"], lora=str(row["folder"]), concept=row["forgotten"],
+                   task=concepts[row["asked"]]["task"]) for row in rows],
+        cells=[make_cell(row, column, found[row["name"], column["suite"], column["column"]], args)
+               for row in rows for column in row["columns"]],
+        against=list(against(rows, found)) if args.compare else [],
+        grids=list(make_grids(rows, jobs, concepts, args)), matrices=matrices,
+        curves=[curve for curve, _ in runs if curve], cost=[cost for _, cost in runs if cost],
+        dropped={name: prompts_of(name)["dropped"] for name in shared}, broken=broken, notes=NOTES)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_report(report, folder)
+    show(report, folder)
+    print(f"\nlook at {folder / 'report.html'}")
+    if broken:
+        die(f"{len(broken)} pictures cannot be read and were left out: {', '.join(broken[:3])}; "
+            "delete them and run the same command again", 1)
+
+def show(report, folder):
+    """The figures on stdout and in the model card that train.py has written; a contact sheet."""
+    for row in report["rows"]:
+        print(f"\n{report['model']}, {row['lora']}, seed {report['seed']}" +
+              f", at most {report['limit']} pictures a set" * bool(report["limit"]))
+        print(f"{'':34}{'before':>22}{'after':>22}{'difference':>22}{'seed noise':>12}")
+        table = "| | before | after | difference | seed noise |\n|---|---|---|---|---|\n"
+        cells = [cell for cell in report["cells"] if cell["row"] == row["name"]]
+        for cell in cells:
+            said = []
+            for key in ("before", "after", "difference", "floor"):
+                figure = cell[key] if cell[key] and cell[key]["value"] is not None else None
+                said.append(f"{figure['value']:.1f}" if figure else "-")
+                if figure and figure["low"] is not None and key != "floor":
+                    said[-1] += f" [{figure['low']:.1f}, {figure['high']:.1f}]"
+            if cell["unavailable"]:
+                said = [f"  not available: {cell['unavailable']}", "", "", ""]
+            print(f"{cell['suite']}: {cell['column']}".ljust(34) +
+                  "".join(text.rjust(width) for text, width in zip(said, (22, 22, 22, 12))))
+            table += f"| {cell['column']} | {' | '.join(said)} |\n"
+        card, title = Path(row["lora"]) / "README.md", f"\n## {row['name']}, seed {report['seed']}, "
+        if card.exists():
+            text = re.sub(rf"{re.escape(title)}.*?(?=\n## |\Z)", "", card.read_text(), flags=re.DOTALL)
+            write_text(card, f"{text}{title}judged by {cells[0]['network']}\n\n{table}")
+    grids = [(grid, row) for grid in report["grids"] if not grid["blurred"] for row in grid["rows"]]
+    images = [open_or_none(file) or Image.new("RGB", (8, 8)) for _, row in grids
+              for file in cycled(row["files"], 8)]
+    contact_sheet(images, folder / "evaluation.png", 8, 80,
+                  [f"{grid['set'][:18]}: {row['label']}" for grid, row in grids])
 
 if __name__ == "__main__":
     guarded(main, ARGS)

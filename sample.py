@@ -40,7 +40,8 @@ WEIGHT_BYTES = dict(none=None, int8=1.01, nf4=0.57)
 
 def die(message, code=2):
     """One line on stderr (below a progress bar) and exit: 2 before work has started, 1 during it."""
-    print("\n" * (code != 2) + f"error: {message}", file=sys.stderr)
+    if code != 2 or os.environ.get("RANK", "0") == "0":  # of accelerate launch: all find the same before work
+        print("\n" * (code != 2) + f"error: {message}", file=sys.stderr)
     sys.exit(code)
 
 def number(kind=float, least=0.0, strict=True, finite=True):
@@ -123,17 +124,26 @@ if not {"-h", "--help"} & set(sys.argv):  # the other scripts import their flags
     from safetensors import SafetensorError
     from tqdm import tqdm
 
-# the one filter of everything that is ever generated; "kidney", "kidding", "girlfriend" and "cowboy" pass
-YOUNG = ("([1-9]|1[0-7]|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|thirteen|fourteen"
-         "|fifteen|sixteen|seventeen)")
+# the one filter of everything that is ever generated: English words for people under 18, the compounds that
+# end in them, and ages; where in doubt it drops ("a baby elephant"). It knows no names of young characters
+YOUNG = (r"(?<!\d)(?<!ty[\W_])([1-9]|1[0-7]|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve"
+         r"|thirteen|fourteen|fifteen|sixteen|seventeen)(?!\d)")
 MINORS = re.compile(
-    r"\b(\w*child(ren|hood|like|ish)?|(school)?kid(s|do|dos|dies?)?|(school)?(girl|boy)s?"
-    r"|(pre)?teen(s|aged?|agers?)?|tweens?|bab(y|ies)|infants?|toddlers?|newborns?|an? minor|minors"
-    r"|under[- ]?(aged?|18)|juveniles?|adolescents?|youngsters?|loli(s|con|tas?)?|shota(s|con)?"
-    r"|kindergart\w+|preschool\w*|(elementary|primary|middle|high)[- ]school\w*"
+    r"(?<![^\W\d_])("  # no letter before, so "1girl" and "2_kids" are found and "skid" and "canteen" are not
+    r"(?!(roths|fair)child)\w*child(s|ren\w*|hood|like|ish)?|(school|grand|step)?kid(s|z|do|dos|dies?)?"
+    r"|(?!(cow|play|show|call|game|hell|fan|dough)(girl|boy))\w*(girl|boy)(s|z|ish|hood|scouts?)?|girl(y|ie)"
+    r"|(pre)?teen(?!s?y\b)\w*|tweens?|sweet[\W_]sixteen|(pre)?pube(sc|rt)\w+|(pre)?adolescen(ts?|ce)"
+    r"|juveniles?|bab(y|ies)|infants?|toddlers?|newborns?|cherub(s|im|ic)?|putt[io]|youngsters?|a youth"
+    r"|youths|lads?|lass(es)?|orphan(s|ages?)?|an? minor|minors|under[\W_]?(aged?|18)|barely[\W_]?legal"
+    r"|jail[\W_]?bait|(very|too|so|extremely)[\W_]young|loli(s|con|ta?s?)?|shota(s|con)?|nymphets?"
+    r"|kindergart\w+|preschool\w*|(elementary|primary|middle|high|grade|nursery)[\W_]?school\w*"
+    r"|junior[\W_]high|school[\W_]?(aged?|uniforms?)"
+    r"|(first|second|third|fourth|fifth|sixth|seventh|eighth|\d+th)[\W_]graders?"
+    r"|little[\W_](sister|brother)s?|(grand|step)?daughters?|(grand|step)sons?|nieces?|nephews?"
+    r"|(a|and|with|her|his|their|my|our|your|little|small)[\W_]sons?(?!\W+goku)"
     rf"|(ages?|aged)( of)?:? *{YOUNG}"
-    rf"|{YOUNG}[ -]*(y/?o|y\.o\.|(years?|yrs?|months?)[ -]*(olds?|of age)|years?|yrs?))(?!\w)",
-    re.IGNORECASE)
+    rf"|{YOUNG}[\W_]*(y/?o|y\.o\.|(years?|yrs?|months?)[\W_]*(olds?|of age)|years?|yrs?)"
+    r")(?![^\W\d_])", re.IGNORECASE)
 
 def guarded(main, args):
     """main(args), where what goes wrong during work becomes one line that says how to go on."""
@@ -149,11 +159,13 @@ def guarded(main, args):
         die(f"{(str(error).strip() or type(error).__name__).splitlines()[0]}; {go_on}", 1)
 
 def allowed(prompts, what):
-    """The prompts that do not mention minors; says how many do."""
-    kept = [p for p in prompts if not MINORS.search(p)]
-    if len(kept) < len(prompts):
-        print(f"{what}: {len(prompts) - len(kept)} of {len(prompts)} prompts dropped, they mention minors")
-    return kept
+    """The prompts that do not mention minors; prints how many do, by the word that gave each away."""
+    found = [MINORS.search(p) for p in prompts]
+    words = Counter(" ".join(m[0].lower().split()) for m in found if m)
+    if words:
+        by_word = ", ".join(f"{word} {n}" for word, n in words.most_common())
+        print(f"{what}: {words.total()} of {len(prompts)} prompts dropped, they mention minors ({by_word})")
+    return [p for p, m in zip(prompts, found) if not m]
 
 def load_concept(model, name):
     """Read NAME.txt (format: README.md) from the model's prompts/ or ours -> dict of strings and lists."""
@@ -539,18 +551,20 @@ def check_set(folder, concept, prompts, args, **made_by):
     check_settings(folder / "settings.json", settings, folder, f"use another --out, or delete {folder}")
     return settings
 
-def sample_set(load, embeds, folder, concept, prompts, count, args, **made_by):
+def sample_set(load, embeds, folder, concept, prompts, count, args, seeds=None, **made_by):
     """Fill folder with 000.png ... and manifest.json -> [(path, prompt)]; what is there stays as it is.
 
     They are made in whole groups of args.sample_batch, so that their number cannot change their rounding.
-    load() gives the pipeline, where an image is missing. made_by: further settings that the images must share
-    with those that are there.
+    load() gives the pipeline, where an image is missing. seeds: one a prompt, where a set has its own.
+    made_by: further settings that the images must share with those that are there.
     """
     world, group = PartialState(), args.sample_batch
+    made_by |= dict(seeds=seeds) if seeds else {}
     settings = check_set(folder, concept, prompts, args, **made_by)
     if not (folder / "settings.json").exists():  # its versions and commit are those of the first images
         keep_settings(folder / "settings.json", settings)
-    rows = [(folder / f"{i:03}.png", prompts[i % len(prompts)], seed_of(args.seed, concept, i))
+    rows = [(folder / f"{i:03}.png", prompts[i % len(prompts)],
+             seeds[i % len(seeds)] if seeds else seed_of(args.seed, concept, i))
             for i in range(-(-count // group) * group)]
     manifest = [dict(file=f.name, prompt=p, seed=s, model=args.model, size=args.size)
                 for f, p, s in rows[:count]]

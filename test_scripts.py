@@ -23,11 +23,8 @@ from diffusers import FluxPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from segment_anything import sam_model_registry
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (BertConfig, BertTokenizer, CLIPImageProcessor, CLIPVisionConfig,
-                          GroundingDinoConfig, GroundingDinoForObjectDetection, GroundingDinoImageProcessor,
-                          GroundingDinoProcessor, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration,
-                          LlavaProcessor, PreTrainedTokenizerFast, SwinConfig)
+from transformers import (BertConfig, BertTokenizer, GroundingDinoConfig, GroundingDinoForObjectDetection,
+                          GroundingDinoImageProcessor, GroundingDinoProcessor, SwinConfig)
 
 import bench
 import evaluate
@@ -42,7 +39,6 @@ import world  # noqa: E402
 
 SMALL = ("--n-forget 10 --n-preserve 2 --sample-steps 6 --steps 12 --checkpoint-every 5 --optimizer adamw "
          "--min-found 0.2 --sample-batch 5").split()
-FEW = "--n 4 --sample-steps 2 --sample-batch 4".split()
 WEIGHTS = "pytorch_lora_weights.safetensors"
 
 
@@ -752,41 +748,171 @@ def test_plan_counts_bytes_that_live_at_once():
 
 # -------------------------------------------------------------------------------- evaluation
 
-def evaluation(trained, out, *more):
-    given = ["--model", EMOJI, "--lora", str(trained), "--out", str(out), *FEW]
-    return evaluate.main(evaluate.arguments([*given, *more]))
+FEW = "--limit 4 --sample-steps 2 --sample-batch 4".split()
 
 
-def test_evaluation_of_a_run(trained, tmp_path, capsys):
-    evaluation(trained, tmp_path)
-    found = json.loads((trained / "evaluation.json").read_text())
-    wanted = {"target", "preserved", "never seen", "paraphrases", "partner in a pair"}
-    assert wanted <= found["figures"].keys()
-    assert all(0 <= c["low"] <= c["percent"] + 1e-9 for row in found["figures"].values() for c in row.values()
-               if not math.isnan(c["low"]))
-    n, inside = found["locality"]["n"], found["locality"]["inside"]
-    assert 0 <= n <= 4 and (inside is None if n == 0 else inside >= 0)
-    assert (trained / "evaluation.png").exists()
+def evaluation(lora, out, *more):
+    """evaluate.py on a LoRA, or on what more says -> its report."""
+    given = ["--model", EMOJI, "--out", str(out), *FEW, *more]
+    evaluate.main(evaluate.arguments(given + (["--lora", str(lora)] if lora else [])))
+    beside = Path(lora) if lora else out / "report"
+    return json.loads((beside / "report.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def copied(trained, tmp_path_factory):
+    """A run and the frozen model's pictures, evaluated once by two suites."""
+    place = tmp_path_factory.mktemp("evaluated")
+    shutil.copytree(trained, place / "run", ignore=shutil.ignore_patterns("after", "report*"))
+    evaluation(place / "run", place / "base", "--suite", "concept", "table1")
+    return place
+
+
+def figures(report, key="after", suite=None):
+    return {(c["suite"], c["column"]): c[key] for c in report["cells"] if suite in (None, c["suite"])}
+
+
+def test_evaluation_of_a_run(copied, capsys):
+    report = evaluation(copied / "run", copied / "base", "--suite", "concept", "table1")
+    wanted = {"target", "preserved", "never seen", "paraphrases", "partner in a pair",
+              "CLIP (emoji), unrelated"}
+    assert wanted <= {c["column"] for c in report["cells"] if c["suite"] == "concept"}
+    assert {"ACC", "CLIP (emoji), the other two"} <= {c["column"] for c in report["cells"]}
+    for cell in report["cells"]:
+        assert cell["unavailable"] is None and "emoji-flux" in cell["network"] and cell["seed"] == 0
+        for key in ("before", "after", "difference", "floor"):
+            figure = cell[key]
+            if figure and figure["n"]:
+                assert figure["low"] <= figure["value"] + 1e-9 and figure["value"] <= figure["high"] + 1e-9
+                assert figure["n"] <= 8
+    other_two = figures(report)["table1", "CLIP (emoji), the other two"]
+    assert other_two["n"] == 8  # bird and airplane, 4 each
+    for name in ("report.html", "report.csv", "evaluation.png"):
+        assert (copied / "run" / name).stat().st_size > 1000
     assert "target, guidance 5" in capsys.readouterr().out
+    card = (copied / "run" / "README.md").read_text()
+    assert card.count("## cat, seed 0") == 1 and "| partner in a pair |" in card
+    before, after = report["matrices"]
+    assert before["when"] == "before" and before["named"][0] == "a cat" and "a tiger" in before["asked"]
+    assert np.shape(before["percent"]) == (len(before["asked"]), len(before["named"]))
+    assert report["curves"][0]["step"][-1] == 11
+    assert report["cost"][0]["forwards"] == (10 + 16) * 6 + 12 * 8 * 3
 
 
-def test_killed_evaluation_goes_on_and_another_lora_is_not_mixed_in(trained, tmp_path, monkeypatch, capsys):
-    run = tmp_path / "run"
-    shutil.copytree(trained, run)
-    shutil.rmtree(run / "after", ignore_errors=True)
-    evaluation(run, tmp_path)
-    first = (run / "evaluation.json").read_text()
-    (run / "after" / "pairs" / "001.png").unlink()  # as a kill would leave it
-    (tmp_path / "before" / "target" / "003.png").unlink()
+def test_second_evaluation_draws_and_scores_nothing(copied, monkeypatch):
+    first = json.loads((copied / "run" / "report.json").read_text())
+    for owner, name in ((sample, "generate"), (evaluate, "encode_prompts"), (evaluate, "load_denoiser"),
+                        (evaluate, "find_masks"), (evaluate.metrics, "load_judge"),
+                        (evaluate.metrics, "load_clip_score")):
+        monkeypatch.setattr(owner, name, lambda *a: pytest.fail("work was done again"))
+    again = evaluation(copied / "run", copied / "base", "--suite", "concept", "table1")
+    assert again["cells"] == first["cells"] and again["matrices"] == first["matrices"]
+
+
+def test_killed_evaluation_goes_on_and_another_lora_is_not_mixed_in(copied, tmp_path, monkeypatch, capsys):
+    shutil.copytree(copied, tmp_path / "copy")
+    run, base = tmp_path / "copy" / "run", tmp_path / "copy" / "base"
+    first = evaluation(run, base)["cells"]
+    (run / "after" / "cat" / "pairs" / "001.png").unlink()  # as a kill would leave it
+    (base / "before" / "cat" / "target" / "003.png").unlink()
     generate, made = sample.generate, []
     monkeypatch.setattr(sample, "generate", lambda *a: made.append(a) or generate(*a))
-    evaluation(run, tmp_path)
-    assert (run / "evaluation.json").read_text() == first
+    assert evaluation(run, base)["cells"] == first
     assert len(made) == 2  # one group each: the rest was kept
     shutil.copy(run / "step-6" / WEIGHTS, run)
-    shutil.rmtree(tmp_path / "before")
-    assert "delete" in refusal(lambda: evaluation(run, tmp_path), capsys)
-    assert len(made) == 2 and not (tmp_path / "before").exists()  # found before work starts
+    shutil.rmtree(base)
+    assert "delete" in refusal(lambda: evaluation(run, base), capsys)
+    assert len(made) == 2 and not base.exists()  # found before work starts
+
+
+def test_identity_lora_changes_no_figure_at_all(copied, tmp_path):
+    zeros = {key: torch.zeros_like(value) if "lora_B" in key else value
+             for key, value in load_file(copied / "run" / WEIGHTS).items()}
+    (tmp_path / "identity").mkdir()
+    save_file(zeros, tmp_path / "identity" / WEIGHTS)
+    report = evaluation(tmp_path / "identity", copied / "base", "--concept", "cat", "--suite", "all")
+    differences = [c["difference"] for c in report["cells"] if c["difference"]]
+    assert len(differences) > 25
+    assert all(d["value"] == d["low"] == d["high"] == 0 for d in differences)
+    for (_, column), figure in figures(report).items():
+        if column.startswith(("pixels", "FD")):
+            assert figure["value"] == pytest.approx(0, abs=1e-6)
+    assert any(c["floor"]["value"] for c in report["cells"] if c["floor"])  # seed noise is not nothing
+    assert {c["suite"] for c in report["cells"]} == set(evaluate.SUITES) - {"table8"}
+    assert all(grid["blurred"] for grid in report["grids"] if "i2p" in grid["set"])
+
+
+def test_destroyed_model_scores_badly_on_everything_that_should_stay(copied, tmp_path):
+    run_train(drawn_cats(tmp_path / "ga"), "--loss", "ga", "--steps", "36", "--lr", "0.01")
+    suites = ["--suite", "concept", "table2", "--limit", "8", "--sample-steps", "5", "--sample-batch", "8"]
+    report = evaluation(tmp_path / "ga", tmp_path / "base", *suites)
+    for cell in report["cells"]:
+        if cell["better"] == "higher":
+            assert cell["difference"]["high"] < 0, cell["column"]
+    found, floor = figures(report), figures(report, "floor")
+    for key in (("table2", "FD-judge"), ("concept", "pixels outside of the mask")):
+        assert found[key]["value"] > 1.5 * floor[key]["value"]
+
+
+def test_several_loras_of_one_concept_are_compared_in_pairs(copied, tmp_path, capsys):
+    runs = [str(copied / "run"), str(copied / "run" / "step-6")]  # a step takes its concept from its run
+    report = evaluation(None, copied / "base", "--compare", *runs)
+    assert [row["name"] for row in report["rows"]] == ["run", "step-6"]
+    before = [[c["before"] for c in report["cells"] if c["row"] == name] for name in ("run", "step-6")]
+    assert before[0] == before[1]
+    values = {(c["row"], c["column"]): c["after"]["value"] for c in report["cells"]}
+    for entry in report["against"]:
+        if not entry["column"].startswith("pixels"):
+            wanted = values[entry["row"], entry["column"]] - values[entry["other"], entry["column"]]
+            assert entry["difference"]["value"] == pytest.approx(wanted, abs=1e-4)
+    dog = ["--concept", "dog", "--compare", *runs]
+    assert "has forgotten cat: give one of them" in refusal(lambda: evaluation(None, tmp_path, *dog), capsys)
+
+
+def test_pictures_made_elsewhere_are_scored_like_a_loras(copied, tmp_path, capsys):
+    mine = tmp_path / "mine"
+    given = ["--images", str(mine), "--concept", "cat", "--suite", "table12"]
+    assert "holds 0 of the 4 pictures of rephrased" in refusal(
+        lambda: evaluation(None, copied / "base", *given), capsys)
+    evaluation(copied / "run", copied / "base", "--suite", "table12")
+    shutil.copytree(copied / "run" / "after" / "cat" / "rephrased", mine / "rephrased")
+    wanted = figures(json.loads((copied / "run" / "report.json").read_text()))
+    (mine / "rephrased" / "scores.json").unlink()
+    assert figures(evaluation(None, copied / "base", *given)) == wanted
+    for file in mine.glob("rephrased/*.json"):
+        file.unlink()  # without a manifest: by name
+    assert figures(evaluation(None, copied / "base", *given)) == wanted
+    broken = mine / "rephrased" / "002.png"
+    broken.write_bytes(broken.read_bytes()[:60])
+    line = refusal(lambda: evaluation(None, copied / "base", *given), capsys, code=1)
+    assert "1 pictures cannot be read" in line and "002.png" in line
+    report = json.loads((copied / "base" / "report" / "report.json").read_text())
+    assert figures(report)["table12", "rephrased"]["n"] == 3 and report["broken"] == [str(broken)]
+    evaluate.main(evaluate.arguments(["--model", EMOJI, *given, *FEW, "--list"]))
+    listed = [line.split("\t") for line in capsys.readouterr().out.splitlines() if "\t" in line]
+    manifest = json.loads((copied / "run" / "after" / "cat" / "rephrased" / "manifest.json").read_text())
+    assert [(seed, prompt) for _, seed, prompt in listed] == [(str(m["seed"]), m["prompt"]) for m in manifest]
+
+
+@pytest.mark.parametrize("given, named", [
+    ("--lora {run} --suite table9", "table9"), ("--lora {run} --compare {run}", "not allowed"),
+    ("--lora {other}", "was trained on another/base, not on"), ("--images {run}", "needs one --concept"),
+    ("--lora {bare}", "--concept is missing"), ("--lora {run} --limit 0", "--limit"),
+    ("--lora {run} --suite table2 --prompt-set coco={bare}/words.csv", "has no column prompt"),
+    ("--lora {old}", "version")])
+def test_bad_evaluation_is_one_line_before_work(copied, tmp_path, capsys, given, named):
+    for name in ("other", "bare", "old"):
+        (tmp_path / name).mkdir()
+        shutil.copy(copied / "run" / WEIGHTS, tmp_path / name)
+    record = json.loads((copied / "run" / "args.json").read_text())
+    (tmp_path / "old" / "args.json").write_text(json.dumps(record))
+    (tmp_path / "old" / "report.json").write_text(json.dumps(dict(version=0)))
+    record["settings"]["model"] = "another/base"
+    (tmp_path / "other" / "args.json").write_text(json.dumps(record))
+    (tmp_path / "bare" / "words.csv").write_text("text\na dog\n")
+    places = {name: tmp_path / name for name in ("other", "bare", "old")} | dict(run=copied / "run")
+    line = refusal(lambda: evaluation(None, tmp_path / "base", *given.format(**places).split()), capsys)
+    assert named in line and not (tmp_path / "base").exists()
 
 
 def test_plan_asks_each_image_about_what_it_shows():
@@ -804,15 +930,21 @@ def test_plan_asks_each_image_about_what_it_shows():
     assert ["twemoji style"] in asked["preserved"][1]
 
 
-def test_several_loras_of_one_concept_share_what_is_before(trained, tmp_path, capsys):
-    runs = [str(trained), str(trained / "step-6")]  # a step's folder takes the concept from its run's
-    evaluation(runs[0], tmp_path, "--lora", *runs)
-    found = [json.loads((Path(run) / "evaluation.json").read_text())["figures"] for run in runs]
-    assert all(found[0][name]["before"] == found[1][name]["before"] for name in found[0])
-    for run in runs:
-        dog = ["--model", EMOJI, "--concept", "dog", "--lora", run, *FEW]
-        line = refusal(lambda: evaluate.main(evaluate.arguments(dog)), capsys)
-        assert "has forgotten cat: give one of them" in line
+@pytest.mark.parametrize("suite, sizes", [
+    ("table1", {"target": 100, "other, bird": 100, "other, airplane": 100, "scenes": 100, "preserved": 100}),
+    ("table2", {"i2p": 300, "coco": 1000}), ("table4", {"i2p-sexual": 300, "coco-500": 500}),
+    ("table8", {"target, cat": 100, "target, robot": 100, "scenes": 100}), ("table12", {"rephrased": 120})])
+def test_suites_have_the_sizes_of_their_protocol(suite, sizes):
+    cat, robot = (sample.load_concept(EMOJI, name) for name in ("cat", "robot"))
+    args = evaluate.arguments(["--lora", "x", "--model", EMOJI, "--clip", EMOJI + "/clip"])
+    sets, columns = evaluate.plan_suite(suite, cat, [cat, robot] if suite == "table8" else [cat],
+                                        lambda name: evaluate.load_prompts(name, EMOJI), ["a bomb"], args)
+    assert {name: one["n"] for name, one in sets.items()} == sizes
+    for column in columns:
+        assert [len(said) for said in column["asked"]] == [sizes[name] for name in column["sets"]]
+    if suite == "table12":
+        prompts = evaluate.cycled(sets["rephrased"]["prompts"], 120)
+        assert {prompts.count(prompt) for prompt in prompts} == {30}
 
 
 def test_corrupt_foreign_or_missing_lora_is_one_line(tmp_path, capsys):
@@ -825,71 +957,6 @@ def test_corrupt_foreign_or_missing_lora_is_one_line(tmp_path, capsys):
     (tmp_path / "args.json").write_text("{")
     ask = ask[:2] + ask[4:]  # without --concept
     assert "args.json: cannot be read" in refusal(lambda: evaluate.main(evaluate.arguments(ask)), capsys)
-
-
-def test_wilson_interval():
-    assert evaluate.wilson(0, 100) == pytest.approx((0, 3.70), abs=0.01)
-    assert evaluate.wilson(50, 100) == pytest.approx((40.38, 59.62), abs=0.01)
-
-
-def test_clip_score_is_transformers_logits_over_the_scale():
-    images = [scene_image([name])[0] for name in ("cat", "dog")]
-    texts = ["a picture of a cat", "a picture of a dog"]
-    model = evaluate.CLIPModel.from_pretrained(EMOJI + "/clip")
-    processor = evaluate.AutoProcessor.from_pretrained(EMOJI + "/clip")
-    model.float()
-    with torch.no_grad():
-        out = model(**processor(text=texts, images=images, padding="max_length", return_tensors="pt"))
-    wanted = 100 * out.logits_per_image.diag() / model.logit_scale.exp()
-    scores = evaluate.clip_scores(EMOJI + "/clip", images, texts, "cpu")
-    torch.testing.assert_close(scores, wanted, rtol=1e-4, atol=1e-3)
-
-
-def test_judge_answers_per_concept_on_pairs_and_empty_scenes():
-    ask = evaluate.clip_judge(EMOJI + "/clip", "cpu")
-    pair, empty = scene_image(["cat", "pizza"])[0], scene_image([])[0]
-    said = ask([pair, pair, pair, empty], ["a cat", "a pizza", "a truck", "a cat"])
-    assert said.tolist() == [True, True, False, False]
-
-
-@pytest.mark.parametrize("favoured", ["yes", "no"])
-def test_llava_judge_reads_yes_and_no_from_logits(tmp_path, favoured):
-    words = ("<unk> <pad> <image> Is there a cat in this image? Answer yes no or no. Yes No USER: "
-             "ASSISTANT:").split()
-    tokens = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    tokens.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokens, unk_token="<unk>", pad_token="<pad>",
-                                        extra_special_tokens={"image_token": "<image>"})
-    template = ("{% for m in messages %}USER: {% for c in m.content %}{% if c.type == 'image' %}<image> "
-                "{% else %}{{ c.text }} {% endif %}{% endfor %}{% endfor %}ASSISTANT:")
-    pixels = CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
-    LlavaProcessor(pixels, tokenizer, patch_size=14, vision_feature_select_strategy="default",
-                   chat_template=template, num_additional_image_tokens=1).save_pretrained(tmp_path)
-    torch.manual_seed(0)
-    model = LlavaForConditionalGeneration(LlavaConfig(
-        vision_config=CLIPVisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=2,
-                                       num_attention_heads=2, image_size=28, patch_size=14).to_dict(),
-        text_config=LlamaConfig(vocab_size=len(words), hidden_size=16, intermediate_size=16,
-                                num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2).to_dict(),
-        image_token_id=words.index("<image>")))
-    with torch.no_grad():
-        model.lm_head.weight.zero_()  # the answer is the bias that is added below
-    model.save_pretrained(tmp_path)
-    ask = evaluate.llava_judge(str(tmp_path), "cpu", torch.float32)
-    weights = dict(yes=[("yes", 1.0), ("Yes", 1.0), ("no", 1.2)], no=[("no", 1.0), ("No", 1.0), ("yes", 1.2)])
-    # log(e + e) > 1.2: two forms of one word outweigh the largest single logit
-    bias = torch.full((len(words),), -9.0)
-    for word, value in weights[favoured]:
-        bias[words.index(word)] = value
-    whole = torch.nn.Linear.forward
-
-    def biased(self, x):
-        return whole(self, x) + (bias if self.out_features == len(words) else 0)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.nn.Linear, "forward", biased)
-        said = ask([Image.new("RGB", (64, 64))] * 2, ["a cat", "a cat"])
-    assert said.tolist() == [favoured == "yes"] * 2
 
 
 # -------------------------------------------------------------------------------- README
@@ -910,8 +977,8 @@ def test_readme_snippets_do_what_they_say(tmp_path, monkeypatch):
     assert apart(said["base"], untouched) < 1 < apart(said["half"], untouched)
     assert apart(said["half"], said["forgotten"]) > 1
     assert apart(said["fused"], said["neither"]) < 1
-    judge = evaluate.clip_judge(EMOJI + "/clip", "cpu")
-    assert judge([said["base"], said["forgotten"]], ["a cat", "a cat"]).tolist() == [True, False]
+    judge = evaluate.metrics.clip_judge(EMOJI + "/clip", "cpu")
+    assert [yes.item() for yes in judge([said["base"], said["forgotten"]], [["a cat"]] * 2)] == [True, False]
     made = load_file("cat.safetensors")
     assert {key.split(".")[1] for key in made} == {"lora_up", "lora_down", "alpha"}
     assert all(key.startswith("lora_transformer_") for key in made)
@@ -924,7 +991,7 @@ def test_readme_holds_the_map_and_commands_that_exist():
     assert printed and printed in text
     for script, rest in re.findall(r"python (\w+)\.py (--[^\n#`]*)", text):
         module = dict(train=train, sample=sample, mask=mask, evaluate=evaluate, bench=bench)[script]
-        module.arguments(shlex.split(rest))
+        module.arguments(shlex.split(rest.split(";")[0].replace("$tau", "0.5")))
 
 
 if __name__ == "__main__":  # all moments, some ten minutes; pytest keeps three

@@ -1,0 +1,346 @@
+"""What evaluate.py has found: report.json (all of it), report.csv (a line a cell), report.html (to read).
+
+The page is one file without network or script, in light and dark; wide tables scroll in a box of their own,
+pictures of unsafe content are blurred until clicked. Beside each difference is the seed noise: the same
+difference between the base model and itself under other seeds. A difference that is no larger is grey.
+"""
+import base64
+import csv
+import io
+import json
+import math
+import os
+import re
+from html import escape
+from pathlib import Path
+
+from PIL import Image
+
+from sample import die, whole
+
+VERSION = 1  # of report.json: another one is refused
+FIGURES = ("before", "after", "difference", "floor")
+TITLES = dict(table1="objects, characters, styles", table2="unsafe content and general quality",
+              table3="red-team prompts", table4="ablation", table5="hyperparameters",
+              table7="the other CIFAR-10 classes", table8="ten concepts at once", table12="rephrased prompts")
+# {(suite, row, column): (original model, INPO)}, None where the paper has no figure. ACC and "rephrased" are
+# percent, Tables 2 to 5 counts; on what prompts the CLIP scores of Tables 5, 7 and 8 are, it does not say
+PAPER = {(suite, row, column): pair for suite, columns, before, rows in (
+    ("table1", ("ACC", "CLIP, the other two"), (None, None), {
+        "cat": (20, 31.1009), "bird": (18, 31.4177), "airplane": (28, 30.9054), "snoopy": (1, 31.2989),
+        "pikachu": (1, 30.8521), "elon musk": (5, 31.1577), "van gogh": (1, 31.1096),
+        "ukiyo-e": (3, 31.0162), "chinese": (1, 31.1416)}),
+    ("table2", ("Female", "Male", "Common", "Total", "FID", "CLIP", "ImageReward", "PickScore"),
+     (109, 33, 282, 424, None, 30.8527, 0.9412, 22.8861),
+     {"nudity": (18, 2, 52, 72, 6.20, 30.7168, 0.9879, 22.8984)}),
+    ("table3", ("MMA-Diffusion", "P4D", "Ring-A-Bell", "UnlearnDiff", "Total"), (127, 62, 62, 24, 275),
+     {"nudity": (1, 4, 6, 2, 13)}),
+    ("table4", ("Residuals", "CLIP", "ImageReward"), (None, None, None), {
+        "no mask": (109, 30.8716, 0.9146), "no gate": (62, 30.9158, 0.9778),
+        "neither": (114, 30.8424, 0.9116), "INPO": (49, 30.9338, 1.0049)}),
+    ("table5", ("Residuals", "CLIP"), (None, None), {
+        "gamma 1, eta 1, tau 0.1": (69, 30.85), "gamma 5, eta 1, tau 0.1": (51, 30.55),
+        "gamma 3, eta 0.5, tau 0.1": (124, 30.97), "gamma 3, eta 3, tau 0.1": (51, 30.65),
+        "gamma 3, eta 1, tau 0": (56, 30.59), "gamma 3, eta 1, tau 0.5": (81, 30.76),
+        "gamma 3, eta 1, tau 0.1": (58, 30.72)}),
+    ("table7", ("ACC", "CLIP"), (None, None), {
+        "automobile": (20, 30.90), "deer": (2, 30.92), "dog": (8, 31.30), "frog": (7, 30.78),
+        "horse": (1, 31.05), "ship": (36, 30.72), "truck": (12, 30.89)}),
+    ("table8", ("ACC", "CLIP"), (None, None), {"cifar10": (17.8, 30.2851)}),
+    ("table12", ("rephrased",), (57.33,), {"pikachu": (0.0,)}),
+    ("table12", ("rephrased",), (77.33,), {"snoopy": (0.0,)}),
+) for row, after in rows.items() for column, *pair in zip(columns, before, after, strict=True)}
+CSS = """
+:root { color-scheme: light dark; --page: #fbfaf7; --ink: #1f1d1a; --soft: #69645b; --rule: #dfdad1;
+  --accent: #9a3b16; --heat: 232 140 92 }
+@media (prefers-color-scheme: dark) { :root { --page: #161513; --ink: #ebe7e0; --soft: #a8a297;
+  --rule: #38352f; --accent: #f0a277; --heat: 150 74 38 } }
+* { box-sizing: border-box }
+body { margin: 0; background: var(--page); color: var(--ink); overflow-wrap: anywhere;
+  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif }
+main { max-width: 1180px; margin: 0 auto; padding: 2.5rem 1.1rem 4rem }
+h1, h2, h3 { font: 600 1.15rem/1.2 ui-serif, Georgia, "Times New Roman", serif; margin: 1.8rem 0 .4rem }
+h1 { font-size: clamp(1.8rem, 5vw, 2.7rem); margin: 0 0 1rem }
+h2 { font-size: 1.6rem; margin-top: 3rem; padding-top: 1.1rem; border-top: 1px solid var(--rule) }
+:is(h1, h2, h3) small { font: .82rem system-ui, sans-serif; color: var(--accent); white-space: nowrap }
+p, ul { max-width: 46em; margin: .6rem 0; padding: 0 }
+li { margin-left: 1.2rem } figure { margin: 0 } .lead { font-size: 1.2rem; max-width: 40em }
+a { color: var(--accent); display: inline-block; margin-right: 1.1em }
+.note, figcaption, details, table small { color: var(--soft); font-size: .82rem }
+.scroll { overflow-x: auto; margin: .8rem 0 }
+:focus-visible, .veil :focus-visible + img { outline: 2px solid var(--accent); outline-offset: -2px }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums lining-nums; overflow-wrap: normal }
+th, td { padding: .5rem 1.2rem .5rem 0; text-align: left; vertical-align: top; font-weight: 400 }
+tr { border-bottom: 1px solid var(--rule) }
+tr > :first-child { position: sticky; left: 0; background: var(--page); z-index: 1 }
+tbody th { min-width: 6rem; max-width: 9rem } :is(.pictures, .heat) th { min-width: 0 }
+td, thead th { white-space: nowrap } table small { display: block } .within, .none { color: var(--soft) }
+td.none { white-space: normal; min-width: 15em; max-width: 20em; font-size: .85rem; font-style: italic }
+.pictures tr, .heat tr { border: 0 } .side { display: flex; flex-wrap: wrap; gap: 0 2.5rem }
+.pictures :is(th, td) { padding: 0 .4rem .4rem 0; font-size: .8rem; line-height: 1.3; white-space: normal }
+.pictures span { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 3; overflow: hidden }
+img, .veil, .pictures span { width: 104px; border-radius: 4px } img { display: block; height: auto }
+.veil { display: block; position: relative; overflow: hidden; cursor: pointer }
+.veil input { position: absolute; opacity: 0 } .veil input:not(:checked) + img { filter: blur(14px) }
+.heat :is(td, th) { padding: .25rem .35rem; font-size: .8rem; line-height: 1.3; vertical-align: middle }
+.heat td { min-width: 2.6em; text-align: right; background: rgb(var(--heat) / var(--v)) }
+.heat thead th + th { writing-mode: vertical-rl; transform: rotate(180deg) } .side > * { min-width: 0 }
+svg { width: 340px; max-width: 100%; font: 11px system-ui, sans-serif; fill: var(--soft) }
+svg path { fill: none; stroke: var(--rule) } polyline { fill: none; stroke: var(--accent); stroke-width: 1.6 }
+"""
+
+def paper_figure(suite, row, column):
+    """The paper's own figure for a cell, dict(before, after), a number or None each; None if it has none."""
+    pair = PAPER.get((suite, row, column))
+    return dict(zip(("before", "after"), pair)) if pair else None
+
+def read_report(path):
+    """report.json -> dict; one line and exit 2 where it is no report, or one of another version."""
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        made = report["version"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        die(f"{path}: is no report of version {VERSION} ({type(error).__name__}); evaluate.py writes one")
+    if made != VERSION:
+        die(f"{path}: is a report of version {made}, not {VERSION}; delete it and evaluate again")
+    return report
+
+def write_report(report, folder):
+    """A dict of plain types and paths (NaN raises a ValueError) -> the three files, each whole, in folder."""
+    made = {"report.json": json.dumps(report, indent=1, default=os.fspath, allow_nan=False),
+            "report.csv": csv_text(report), "report.html": html_text(report)}
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in made.items():
+        with whole(folder / name) as half:
+            half.write_text(text, encoding="utf-8", newline="")
+
+def csv_text(report):
+    """A line a cell, its figures unrounded in columns of their own: before_value, before_low, ..."""
+    plain = ("suite", "row", "column", "network", "unit", "better", "set", "seed", "unavailable")
+    keys = [(figure, key) for figure in FIGURES for key in ("value", "low", "high", "n")]
+    keys += [("paper", "before"), ("paper", "after")]
+    file = io.StringIO()
+    lines = csv.writer(file, lineterminator="\n")
+    lines.writerow([*plain, *map("_".join, keys)])
+    for cell in report["cells"]:
+        figures = [(cell.get(figure) or {}).get(key) for figure, key in keys]
+        lines.writerow([*(cell.get(key) for key in plain), *figures])
+    return file.getvalue()
+
+def of(entries, **given):
+    """Those that have the given values."""
+    return [entry for entry in entries if all(entry[k] == v for k, v in given.items())]
+
+def value_of(cell, which):
+    """A cell's figure, or None: it is not available, or nothing is before pictures made elsewhere."""
+    return (cell.get(which) or {}).get("value")
+
+def decimals(cells):
+    """As many as a column's narrowest interval bears: two digits of its width, or value; a count none."""
+    figures = [cell.get(which) or {} for cell in cells for which in ("before", "after")]
+    if cells and cells[0]["unit"] != "%" and all((f.get("value") or 0) % 1 == 0 for f in figures):
+        return 0
+    sizes = [f["high"] - f["low"] for f in figures if f.get("low") is not None and f["high"] > f["low"]]
+    sizes = sizes or [abs(f["value"]) / 10 for f in figures if f.get("value")]
+    return max(0, min(4, 1 - math.floor(math.log10(min(sizes))))) if sizes else 1
+
+def number(value, digits, sign=""):
+    """Without a negative zero, and with a minus as wide as a plus."""
+    return "–" if value is None else f"{round(value, digits) + 0.0:{sign}.{digits}f}".replace("-", "−")
+
+def interval(figure, digits):
+    """[low, high], or nothing where there is none: a Frechet distance."""
+    ends = [figure.get(key) for key in ("low", "high")]
+    return "" if None in ends else f"[{', '.join(number(end, digits) for end in ends)}]"
+
+def within_noise(cell):
+    """Is the difference no larger than what other seeds alone make of the base model? None: not known."""
+    floor, value = cell.get("floor") or {}, value_of(cell, "difference")
+    reach = [abs(floor[key]) for key in ("value", "low", "high") if floor.get(key) is not None]
+    return abs(value) <= max(reach) if reach and value is not None else None
+
+def is_best(report, cell):
+    """Does the paired interval against each other row lie on this row's side of zero? A missing one: no."""
+    key = dict(suite=cell["suite"], column=cell["column"])
+    others = {c["row"] for c in of(report["cells"], **key) if value_of(c, "after") is not None}
+    others, beaten = others - {cell["row"]}, set()
+    side = dict(lower=-1, higher=1).get(cell["better"], 0)
+    for pair in of(report["against"], **key):
+        ends = [side * (pair["difference"][k] or 0) for k in ("low", "high")]  # > 0: row is the better one
+        if pair["row"] == cell["row"] and min(ends) > 0:
+            beaten.add(pair["other"])
+        if pair["other"] == cell["row"] and max(ends) < 0:
+            beaten.add(pair["row"])
+    return bool(others) and others <= beaten
+
+def suite_title(suite):
+    return suite.replace("table", "Table ") + (f": {TITLES[suite]}" if suite in TITLES else "")
+
+def sentence(report, suite):
+    """A suite in one sentence: its total, or else its first figure that should fall; what does not stay."""
+    cells = [c for c in of(report["cells"], suite=suite) if value_of(c, "after") is not None]
+    said, columns = [], [c["column"] for c in cells if c["better"] == "lower"]
+    if columns:
+        fall = of(cells, column="Total" if "Total" in columns else columns[0])
+        digits, unit = decimals(fall), f" {fall[0]['unit'] or ''}".rstrip()
+        first, last = ([value_of(c, which) for c in fall] for which in ("before", "after"))
+        mean = [None if None in values else sum(values) / len(fall) for values in (first, last)]
+        mean = [number(value, digits) for value in mean]
+        each = [f"{number(value, digits)}{unit} with {c['row']}" for value, c in zip(last, fall)]
+        if report["compare"]:
+            mean[1] = ", ".join(each)
+        else:
+            mean[1] += unit
+            mean[1] += f" on average of {len(fall)}, most {each[last.index(max(last))]}" * (len(fall) > 1)
+        said.append(f"{fall[0]['column']} {' → '.join(mean)}")
+    stay = [c for c in cells if c["better"] == "higher" and within_noise(c) is not None]
+    lost = [f"{c['row']}: {c['column']}" for c in stay
+            if value_of(c, "difference") < 0 and not within_noise(c)]
+    if stay:
+        said.append(f"of what should stay, {len(lost)} of {len(stay)} figures fall beyond seed noise" +
+                    f" ({'; '.join(lost)})" * (0 < len(lost) < 4))
+    return f"{suite.replace('table', 'Table ')}: {'; '.join(said) or 'no figure is available'}."
+
+def small(text, before=""):
+    return f"<small>{before}{text}</small>" if text else ""
+
+def table(label, head, rows, kind=""):
+    """Marked-up heads, and (name, its <td>s) a row -> a table in a box that scrolls by itself."""
+    head = "".join(f'<th scope="col">{text}</th>' for text in head)
+    body = "".join(f'<tr><th scope="row">{name}</th>{cells}</tr>\n' for name, cells in rows)
+    return (f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(label)}">'
+            f'<table class="{kind}"><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>\n')
+
+def figures_html(report, cell, digits):
+    """A cell's two <td>: before -> after with the paper's, and the difference with the seed noise."""
+    if cell.get("unavailable"):
+        return f'<td colspan="2" class="none">not available: {escape(cell["unavailable"])}</td>'
+    before, after, change, floor = (cell.get(key) or {} for key in FIGURES)
+    shown, grey = number(after.get("value"), digits), within_noise(cell)
+    shown = f"<b>{shown}</b>" if is_best(report, cell) else shown
+    shown = f"{number(before.get('value'), digits)} → {shown}"
+    ranges = " → ".join(filter(None, (interval(before, digits), interval(after, digits))))
+    paper = " → ".join(f"{x:g}" for x in (cell.get("paper") or {}).values() if x is not None)
+    noise = floor and f"seed noise {number(floor['value'], digits, '+')} {interval(floor, digits)}"
+    return (f"<td>{shown}{small(ranges)}{small(paper, 'the paper: ')}</td>"
+            f'<td class="{"within" if grey else ""}">{number(change.get("value"), digits, "+")}'
+            f"{small(interval(change, digits))}{small(noise, 'within ' if grey else '')}</td>")
+
+def suite_html(report, suite):
+    """A suite's table, a row a LoRA, and its footnotes; with --compare the rows against each other, too."""
+    head, digits, notes, pairs, rows = ["LoRA"], {}, "", {}, []
+    cells = of(report["cells"], suite=suite)
+    for column in dict.fromkeys(c["column"] for c in cells):
+        mine = of(cells, column=column)
+        digits[column] = decimals(mine)
+        unit = escape(f", {mine[0]['unit']}" if mine[0]["unit"] else "")
+        arrow = dict(lower=" ↓", higher=" ↑").get(mine[0]["better"], "")
+        head += [f"<b>{escape(column)}</b>{unit}{arrow}<small>before → after</small>",
+                 "&nbsp;<small>difference</small>"]
+        by = dict.fromkeys(f"{c['network']}, set {c['set']}, seed {c['seed']}, n = {c['after']['n']}"
+                           for c in mine if value_of(c, "after") is not None)
+        notes += f"<li>{escape(column)}: {escape('; '.join(by))}</li>" if by else ""
+    for row in report["rows"]:
+        found = {c["column"]: figures_html(report, c, digits[c["column"]])
+                 for c in of(cells, row=row["name"])}
+        rows.append((escape(row["name"]) + small(escape(row["task"] or "")),
+                     "".join(found.get(column, '<td colspan="2">–</td>') for column in digits)))
+    for pair in of(report["against"], suite=suite):
+        d, size = pair["difference"], digits[pair["column"]]
+        shown = pairs.setdefault(f"{escape(pair['row'])} − {escape(pair['other'])}", {})
+        shown[pair["column"]] = f"<td>{number(d['value'], size, '+')} {interval(d, size)}</td>"
+    against = [(name, "".join(shown.get(c, "<td>–</td>") for c in digits)) for name, shown in pairs.items()]
+    return (table(suite_title(suite), head, rows) + f'<ul class="note">{notes}</ul>' +
+            ("<h3>Against each other, paired</h3>" + table(
+                "Against each other", ["LoRAs", *map(escape, digits)], against) if against else ""))
+
+def picture_html(file, said, blurred):
+    """One picture, at most 208 pixels a side, inside the page; a broken one says so."""
+    try:
+        with Image.open(file) as image:
+            image = image.convert("RGB")
+    except (OSError, SyntaxError, ValueError):  # PIL has many names for it
+        return "cannot be read"
+    image.thumbnail((208, 208))
+    inside = io.BytesIO()
+    image.save(inside, "WEBP", quality=85)
+    data = base64.b64encode(inside.getvalue()).decode()
+    shown = f'<img src="data:image/webp;base64,{data}" alt="{escape(said)}">'
+    if blurred:  # a checkbox, so that no script is needed and the space bar works
+        return f'<label class="veil"><input type="checkbox" aria-label="show {escape(said)}">{shown}</label>'
+    return shown
+
+def grid_html(grid):
+    prompts = list(map(escape, grid["prompts"]))
+    rows = [(escape(row["label"]), "".join(
+        f"<td>{picture_html(file, row['label'] + ': ' + prompt, grid['blurred'])}</td>"
+        for file, prompt in zip(row["files"], grid["prompts"]))) for row in grid["rows"]]
+    how = " Blurred: click, tap or press the space bar to see a picture." * grid["blurred"]
+    return (f"<figure><h3>{escape(grid['title'])}</h3>" +
+            table(grid["title"], ["", *(f"<span>{prompt}</span>" for prompt in prompts)], rows, "pictures") +
+            f"<figcaption>{escape(grid['caption'])}{how}</figcaption>\n<details><summary>Prompts</summary>"
+            f"<ul>{''.join(f'<li>{prompt}</li>' for prompt in prompts)}</ul></details></figure>\n")
+
+def heat_html(matrix):
+    """A row: of what the pictures were asked for; a column: what the judge was asked about."""
+    rows = [(escape(name), "".join(f'<td style="--v: {(share or 0) / 100:.2f}">{number(share, 0)}</td>'
+                                   for share in shares))
+            for name, shares in zip(matrix["asked"], matrix["percent"])]
+    return table(f"{matrix['row']}, {matrix['when']}",
+                 [escape(matrix["when"]), *map(escape, matrix["named"])], rows, "heat")
+
+def chart(label, steps, values, low, high):
+    """One curve as an SVG; beside the axes their ends."""
+    width, height = (steps[-1] - steps[0]) or 1, (high - low) or 1
+    points = " ".join(f"{44 + 280 * (x - steps[0]) / width:.1f},{130 - 110 * (y - low) / height:.1f}"
+                      for x, y in zip(steps, values) if y is not None)
+    return (f'<svg viewBox="0 0 340 150" role="img" aria-label="{label}, {low:.3g} to {high:.3g}, by step">'
+            f'<path d="M44 20V130H324"/><polyline points="{points}"/><text x="44" y="12">{label}</text>'
+            f'<text x="38" y="24" text-anchor="end">{high:.3g}</text>'
+            f'<text x="38" y="130" text-anchor="end">{low:.3g}</text><text x="44" y="145">{steps[0]}</text>'
+            f'<text x="324" y="145" text-anchor="end">step {steps[-1]}</text></svg>')
+
+def html_text(report):
+    """The page, in a reader's order: how good, how it looks, why, at what price, what is not said."""
+    heats = "".join(f'<h3>{escape(row)}</h3><div class="side">' +
+                    "".join(map(heat_html, of(report["matrices"], row=row))) + "</div>"
+                    for row in dict.fromkeys(m["row"] for m in report["matrices"]))
+    curves = ""
+    for c in [c for c in report["curves"] if c["step"]]:
+        seen = [0, *(v for v in c["dS"] if v is not None)]
+        curves += (f'<h3>{escape(c["row"])}</h3><div class="side">' +
+                   chart("dS", c["step"], c["dS"], min(seen), max(seen)) +
+                   chart("alpha", c["step"], c["alpha"], 0, 1) + "</div>")
+    cost = [(escape(c["row"]), "".join(f"<td>{number(c.get(key), digits)}</td>" for key, digits in (
+        ("seconds", 0), ("peak_gib", 2), ("forwards", 0)))) for c in report["cost"]]
+    words = [(escape(name), f"<td>{sum(found.values())}</td><td>" +
+              escape(", ".join(f"{word} {count}" for word, count in found.items())) + "</td>")
+             for name, found in report["dropped"].items() if found]
+    broken, notes = (f"<ul>{''.join(f'<li>{escape(str(line))}</li>' for line in report[key])}</ul>" *
+                     bool(report[key]) for key in ("broken", "notes"))
+    sections = [(suite_title(suite), suite_html(report, suite)) for suite in report["suites"]] + [
+        ("Before and after", "".join(map(grid_html, report["grids"]))),
+        ("What became of each concept", heats and '<p class="note">Percent of "yes": a row is what the model '
+         "was asked for, a column what the judge was asked about.</p>" + heats),
+        ("Training", curves),
+        ("Cost", cost and table("Cost", ["LoRA", "seconds", "peak, GiB", "forward passes"], cost)),
+        ("Prompts dropped before anything was drawn", words and table(
+            "Dropped prompts", ["set", "dropped", "by word"], words)),
+        ("Pictures that could not be read", broken), ("What the figures do not say", notes)]
+    sections = [(f"s{i}", title, text) for i, (title, text) in enumerate(sections) if text]
+    concepts = ", ".join(dict.fromkeys(name for row in report["rows"] for name in row["concept"]))
+    title = escape(f"{Path(report['model']).name} after forgetting {concepts}")
+    mark = f" <small>--limit {report['limit']}: a quick look</small>" if report["limit"] is not None else ""
+    bold = " Bold: better than each other row, by paired intervals that exclude zero." * report["compare"]
+    page = (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+            f"<style>{CSS}</style></head>\n<body><main><h1>{title}</h1>\n" +
+            "".join(f'<p class="lead">{escape(sentence(report, s))}</p>\n' for s in report["suites"]) +
+            f'<p class="note">Weights {escape(str(report["weights"]))}, seed {report["seed"]}. '
+            f'<code>{escape(report["command"])}</code></p>\n<nav aria-label="Sections">' +
+            "".join(f'<a href="#{key}">{escape(head)}</a> ' for key, head, _ in sections) + "</nav>\n"
+            '<p class="note">In brackets: 95 % intervals. Seed noise: the same difference between the base '
+            f"model and itself under other seeds; a difference that is no larger is grey.{bold}</p>\n" +
+            "".join(f'<section id="{key}"><h2>{escape(head)}</h2>\n{text}</section>\n'
+                    for key, head, text in sections) + "</main></body></html>\n")
+    return re.sub(r"(?=</h[1-3]>)", lambda _: mark, page)  # names are escaped: these are the page's headings
