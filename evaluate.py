@@ -33,9 +33,10 @@ PAPERS_MODEL = "black-forest-labs/FLUX.1-dev"
 CATEGORIES = [names.split(", ") for names in (
     "cat, bird, airplane", "snoopy, pikachu, elon musk", "van gogh, ukiyo-e, chinese", "ghost, robot, alien",
     "noto, twemoji, fluent")]
-CAPTIONS = {"target": "what the concept became (Figure 4)", "paraphrases": "without its name",
+CAPTIONS = {"target": "what the concept became (Figures 4 and 5)", "paraphrases": "without its name",
             "rephrased": "without its name (Table 12)", "preserved": "neighbours and unrelated things",
-            "scenes": "unrelated prompts (Figure 8)", "coco": "unrelated prompts (Figure 8)",
+            "scenes": "unrelated prompts (Figures 5 and 8)", "coco": "unrelated prompts (Figure 8)",
+            "i2p": "unsafe prompts (Figures 2 and 6)", "other": "of the same category (C.2)",
             "pairs": "the concept beside something else", "never seen": "in no set of the training"}
 NOTES = [
     "A judge's yes is not a person's: it misses what is faint, and finds what is only alike.",
@@ -65,7 +66,7 @@ def arguments(given=None):
                         help="no base under another seed: a third fewer pictures, no noise floor")
     parser.add_argument("--judge", help="a CLIP or a LLaVA (default: the model's clip/, else LLaVA-1.5)")
     parser.add_argument("--clip", help="of the CLIP score (default: the model's clip/, else OpenAI's B/32)")
-    parser.add_argument("--image-reward", help="default THUDM/ImageReward; none where the model has a clip/")
+    parser.add_argument("--image-reward", help="default THUDM/ImageReward; none if the model has a clip/")
     parser.add_argument("--pick-score", help="default yuvalkirstain/PickScore_v1; likewise")
     drawing_flags(parser)
     mask_flags(parser)
@@ -183,10 +184,11 @@ def plan_suite(suite, concept, forgotten, prompts_of, words, args):
         for name in names:  # every concept of the file is asked of every picture that shows one: the matrix
             sets[name] |= dict(shows=[a[0] for a in answers[name][1]], named=named)
 
-    def quality(name, *rewards):
+    def quality(name, **rewards):
         column(clip, "clip", name)
-        for reward in rewards if not brings_own else ():  # these judge photographs
-            column(reward, reward, name)
+        for title, network in rewards.items():
+            if network:
+                column(title, title, name)
 
     if suite == "concept":
         take_own(*own)
@@ -199,7 +201,7 @@ def plan_suite(suite, concept, forgotten, prompts_of, words, args):
         category = next((names for names in CATEGORIES if concept["name"] in names), [])
         others = {f"other, {name}": name for name in category if name != concept["name"]}
         for title, name in others.items():
-            take(title, load_concept(args.model, name)["eval"], 100)
+            take(title, load_concept(args.model, name)["eval"], 100, shared=True)
         if others:
             column(f"{clip}, the other two", "clip", *others)
         unrelated_and_locality()
@@ -226,12 +228,12 @@ def plan_suite(suite, concept, forgotten, prompts_of, words, args):
             harmful(part, "i2p", part=part)
         take_set("coco")
         column("FD-judge" if brings_own else "FID", "distance", "coco", better="lower")
-        quality("coco", "ImageReward", "PickScore")
+        quality("coco", ImageReward=args.image_reward, PickScore=args.pick_score)
     elif suite in ("table4", "table5"):
         take_set("i2p-sexual")
         harmful("Residuals", "i2p-sexual", part="Total")
         take_set("coco-500")
-        quality("coco-500", *["ImageReward"] * (suite == "table4"))
+        quality("coco-500", ImageReward=suite == "table4" and args.image_reward)
     return sets, columns
 
 def network_id(name):
@@ -563,6 +565,8 @@ def make_grids(rows, jobs, concepts, args):
             shown = [("before", jobs[row["name"], name, "before"])]
             shown += [(r["name"] if args.compare else "after", jobs[r["name"], name, "after"]) for r in group]
             caption = next((said for start, said in CAPTIONS.items() if name.startswith(start)), "")
+            if columns[0]["suite"] == "table3":
+                caption = "red-team prompts (Figure 3)"
             yield dict(suite=columns[0]["suite"], row=row["name"], set=name, title=name, caption=caption,
                        blurred=unsafe, prompts=cycled(one["prompts"], min(8, one["n"])),
                        rows=[dict(label=label, files=list(map(str, job.files[:8]))) for label, job in shown])
@@ -595,7 +599,7 @@ def main(args):
         read_report(folder / "report.json")  # another version's is not overwritten
     args.concept = list(dict.fromkeys(name for row in rows for name in row["forgotten"]))
     concepts = {concept["name"]: concept for concept in setup(args)}
-    if not (Path(args.model) / "clip").is_dir():  # a model that brings its own networks is judged by those
+    if not (Path(args.model) / "clip").is_dir():  # these judge photographs; a model with a judge brings none
         args.image_reward = args.image_reward or "THUDM/ImageReward"
         args.pick_score = args.pick_score or "yuvalkirstain/PickScore_v1"
     given = dict(pair.partition("=")[::2] for pair in args.prompt_set)
@@ -625,8 +629,7 @@ def main(args):
     with stage("score", args.out):
         found, matrices = score_all(rows, jobs, concepts, words, args)
     runs = [read_run(row) for row in rows]
-    shared = sorted({name for row in rows for name, one in row["sets"].items()
-                     if one.get("shared") and one["n"]})
+    public = sorted({name for row in rows for name, one in row["sets"].items() if "seeds" in one})
     broken = sorted({str(file) for job in jobs.values() for file in job.broken})
     report = dict(
         version=VERSION, command=shlex.join(["python", "evaluate.py", *sys.argv[1:]]), model=args.model,
@@ -638,7 +641,7 @@ def main(args):
         against=list(against(rows, found)) if args.compare else [],
         grids=list(make_grids(rows, jobs, concepts, args)), matrices=matrices,
         curves=[curve for curve, _ in runs if curve], cost=[cost for _, cost in runs if cost],
-        dropped={name: prompts_of(name)["dropped"] for name in shared}, broken=broken, notes=NOTES)
+        dropped={name: prompts_of(name)["dropped"] for name in public}, broken=broken, notes=NOTES)
     folder.mkdir(parents=True, exist_ok=True)
     write_report(report, folder)
     show(report, folder)

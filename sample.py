@@ -109,8 +109,9 @@ def arguments(given=None):
 
 ARGS = arguments() if __name__ == "__main__" else None  # before the slow imports: --help answers at once
 if not {"-h", "--help"} & set(sys.argv):  # the other scripts import their flags from here
-    for name in ("torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer"):
-        logging.getLogger(name).setLevel(logging.ERROR)  # torchao's import warns of what this repo never does
+    for name in ("torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer",
+                 "diffusers.loaders.lora_base"):  # they warn of what is meant so
+        logging.getLogger(name).setLevel(logging.ERROR)
     import numpy as np
     import psutil
     import torch

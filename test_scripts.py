@@ -882,6 +882,11 @@ def test_pictures_made_elsewhere_are_scored_like_a_loras(copied, tmp_path, capsy
     for file in mine.glob("rephrased/*.json"):
         file.unlink()  # without a manifest: by name
     assert figures(evaluation(None, copied / "base", *given)) == wanted
+    shutil.rmtree(mine / "rephrased")  # the frozen model's own, of another seed: the noise floor
+    shutil.copytree(copied / "base" / "again" / "cat" / "rephrased", mine / "rephrased")
+    (mine / "rephrased" / "scores.json").unlink()
+    for cell in evaluation(None, copied / "base", *given)["cells"]:
+        assert cell["difference"] == cell["floor"]
     broken = mine / "rephrased" / "002.png"
     broken.write_bytes(broken.read_bytes()[:60])
     line = refusal(lambda: evaluation(None, copied / "base", *given), capsys, code=1)
@@ -892,6 +897,19 @@ def test_pictures_made_elsewhere_are_scored_like_a_loras(copied, tmp_path, capsy
     listed = [line.split("\t") for line in capsys.readouterr().out.splitlines() if "\t" in line]
     manifest = json.loads((copied / "run" / "after" / "cat" / "rephrased" / "manifest.json").read_text())
     assert [(seed, prompt) for _, seed, prompt in listed] == [(str(m["seed"]), m["prompt"]) for m in manifest]
+
+
+def test_network_that_cannot_be_had_leaves_its_cell_without_a_number(copied, monkeypatch, capsys):
+    def away(*given):
+        raise OSError("no network")
+
+    monkeypatch.setattr(evaluate.metrics, "hf_hub_download", away)
+    report = evaluation(copied / "run", copied / "base", "--suite", "table4", "--image-reward", "no/body")
+    cell, = [c for c in report["cells"] if c["column"] == "ImageReward"]
+    assert cell["after"] is None and cell["before"] is None and cell["difference"] is None
+    assert "no/body cannot be loaded (OSError)" in cell["unavailable"] and "connect" in cell["unavailable"]
+    assert figures(report)["table4", "Residuals"]["n"] == 4  # the rest goes on
+    assert "not available: no/body" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("given, named", [
