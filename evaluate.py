@@ -28,6 +28,7 @@ SUITES = "concept table1 table2 table3 table4 table5 table7 table8 table12".spli
 ABOUT_A_CONCEPT = {"concept", "table1", "table7", "table12"}  # the others ask the same of every LoRA
 NUDITY_PARTS = ["Female", "Male", "Common", "Total", "Total, every box", "pictures"]  # of the harm metric
 HARM = {"table2", "table3", "table4", "table5"}
+ROUND = 1000  # prompts that are encoded at once
 PAPERS_MODEL = "black-forest-labs/FLUX.1-dev"
 # Table 1's three a category, whose other two are preserved (C.2), and emoji-flux's
 CATEGORIES = [names.split(", ") for names in (
@@ -257,16 +258,20 @@ def metric_table(args, words):
         return name and network_id(name), loaded
 
     def nudity():
+        find = metrics.load_nudenet()
+
         def parts(images, _):
-            found = metrics.nudenet_detections(images)
+            found = find(images)
             rules = "table2", "boxes", "table3"
             once, boxes, any_of = (metrics.nudity_counts(found, rule) for rule in rules)  # each (N, 4)
             return np.column_stack([once, boxes[:, 3], any_of[:, 3]])  # as NUDITY_PARTS names them
         return parts
 
     def kinds():
+        find = metrics.load_kinds(words, args.detector, args.threshold, device)
+
         def parts(images, _):
-            found = metrics.kind_counts(images, words, args.detector, args.threshold, device)  # (N, words)
+            found = find(images)  # (N, words)
             return np.column_stack([found, found.sum(1), found.any(1)])
         return parts
 
@@ -358,15 +363,25 @@ def plan_jobs(rows, args):
                 jobs[row["name"], name, when] = job
     return jobs
 
-def sample_missing(jobs, rows, args):
-    """Make the pictures that are not there; nothing is loaded where none is missing."""
-    todo = {job.folder: job for job in jobs.values() if not all(file.exists() for file in job.files)}
-    if not todo:
-        return
-    embeds = encode_prompts(args.model, [prompt for job in todo.values() for prompt in job.prompts],
-                            args.device, args.dtype)
+def in_rounds(jobs, group):
+    """The work in rounds of some ROUND prompts, [(prompts, [(job, its pictures that are then there)])]. The
+    states of a prompt are 4 MB with T5-XXL: those of COCO's 10,000 would not fit into memory."""
+    rounds = []
+    for job in jobs:
+        for first in range(0, job.n, ROUND):
+            stop = min(first + ROUND, job.n)
+            whole_groups = range(first // group * group, -(-stop // group) * group)  # sample_set makes them
+            said = {job.prompts[i % len(job.prompts)] for i in whole_groups}
+            if not rounds or len(rounds[-1][0] | said) > ROUND:
+                rounds.append((set(), []))
+            rounds[-1][0].update(said)
+            rounds[-1][1].append((job, stop))
+    return rounds
+
+def sample_round(prompts, parts, loras, args):
+    """One round of in_rounds; its networks are freed on return."""
+    embeds = encode_prompts(args.model, prompts, args.device, args.dtype)
     pipe = load_denoiser(args)
-    loras = [row for row in rows if row["digest"]]
     for row in loras:  # all of them now: what does not load is found before work starts
         try:
             pipe.load_lora_weights(row["folder"], adapter_name=row["digest"])
@@ -374,13 +389,13 @@ def sample_missing(jobs, rows, args):
         except Exception as error:  # a corrupt file, or the LoRA of another model: peft has many names for it
             die(f"--lora {row['folder']}: does not load into {args.model}: {str(error).splitlines()[0]}")
     place(pipe, args)
-    for job in todo.values():
+    for job, count in parts:
         if job.lora:
             pipe.enable_lora()
             pipe.set_adapters(job.lora["digest"])
         elif loras:
             pipe.disable_lora()
-        sample_set(lambda: pipe, embeds, job.folder, job.noise, job.prompts, job.n, job.args, seeds=job.seeds,
+        sample_set(lambda: pipe, embeds, job.folder, job.noise, job.prompts, count, job.args, seeds=job.seeds,
                    **job.made_by)
 
 def open_or_none(file):
@@ -624,8 +639,10 @@ def main(args):
             for i, prompt in enumerate(cycled(job.prompts, job.n) if when == "after" else ()):
                 print(name, job.seeds[i] if job.seeds else seed_of(args.seed, job.noise, i), prompt, sep="\t")
         return
+    todo = {job.folder: job for job in jobs.values() if not all(file.exists() for file in job.files)}
     with stage("sample", args.out):
-        sample_missing(jobs, rows, args)
+        for prompts, parts in in_rounds(todo.values(), args.sample_batch):
+            sample_round(prompts, parts, [row for row in rows if row["digest"]], args)
     with stage("score", args.out):
         found, matrices = score_all(rows, jobs, concepts, words, args)
     runs = [read_run(row) for row in rows]

@@ -62,20 +62,20 @@ def load_sam(weights):
     sam.load_state_dict(weights)
     return sam.eval()
 
-def detect(images, words, name, threshold, device):
-    """PIL images -> for each, float (N, 4) of x0, y0, x1, y1 in pixels: all instances of any of the words."""
-    processor = AutoProcessor.from_pretrained(name)
+def load_detector(name, device):
+    """-> find(image, words, threshold) -> float (N, 4) of x0, y0, x1, y1 in pixels: all instances of any of
+    the words in a PIL image."""
     model = AutoModelForZeroShotObjectDetection.from_pretrained(name, dtype=torch.float32).to(device).eval()
-    found = []
-    for image in tqdm(images, desc="detect"):
-        inputs = processor(text=[words], images=image, return_tensors="pt").to(device)
-        with torch.no_grad():
-            outputs = model(**inputs)
-        result = processor.post_process_grounded_object_detection(
+    processor = AutoProcessor.from_pretrained(name)
+
+    @torch.no_grad()
+    def find(image, words, threshold):
+        outputs = model(**(processor(text=[words], images=image, return_tensors="pt").to(device)))
+        found = processor.post_process_grounded_object_detection(
             outputs, threshold=threshold, target_sizes=[image.size[::-1]])[0]
-        kept = nms(result["boxes"], result["scores"], 0.5)  # many patches see one thing; best first
-        found.append(result["boxes"][kept].cpu().numpy())  # (N, 4)
-    return found
+        kept = nms(found["boxes"], found["scores"], 0.5)  # many patches see one thing; best first
+        return found["boxes"][kept].cpu().numpy()
+    return find
 
 def detect_nudity(images, threshold):
     """The same by NudeNet's *_EXPOSED classes, at 640 px, where it also finds small people."""
@@ -111,7 +111,8 @@ def find_masks(images, concept, args):
     if concept["detect"] == ["nudenet"]:
         boxes = detect_nudity(images, args.threshold)
     else:
-        boxes = detect(images, concept["detect"], args.detector, args.threshold, args.device)
+        find = load_detector(args.detector, args.device)
+        boxes = [find(image, concept["detect"], args.threshold) for image in tqdm(images, desc="detect")]
     if concept["task"] == "style":  # a frame and what hangs in it are one rectangle
         boxes = [enclose(found) for found in boxes]
     if concept["task"] not in ("object", "ip"):

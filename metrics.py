@@ -19,7 +19,7 @@ from tqdm import tqdm
 from transformers import (AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor, BertTokenizer,
                           BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel)
 
-from mask import detect
+from mask import load_detector
 from sample import die
 
 BATCH = 25  # pictures or texts at once
@@ -274,13 +274,13 @@ def load_image_reward(name, device):
         return (head(read).item() - 0.16717362830052426) / 1.0333394966054072  # of its training data
     return lambda images, texts: np.array([reward(*pair) for pair in zip(images, texts, strict=True)], float)
 
-def nudenet_detections(images):
-    """-> N lists of NudeNet's dict(class, score, box), at 320 pixels, at which the published counts are."""
+def load_nudenet():
+    """-> find(images) -> N lists of dict(class, score, box), at the 320 pixels of the published counts."""
     with reach("nudenet", "pip install nudenet"):
         from nudenet import NudeDetector  # AGPL-3.0: an optional extra
         detector = NudeDetector(inference_resolution=320)
-    return [detector.detect(np.asarray(image)[..., ::-1].copy())  # BGR, as it reads files
-            for image in tqdm(images, desc="nudity")]
+    return lambda images: [detector.detect(np.asarray(image)[..., ::-1].copy())  # BGR, as it reads files
+                           for image in tqdm(images, desc="nudity")]
 
 def nudity_counts(detections, rule="table2"):
     """N lists of NudeNet's dicts -> (N, 4): Female and Male (breast, genitalia), Common (the other five of
@@ -297,8 +297,9 @@ def nudity_counts(detections, rule="table2"):
             row[[COUNTED[name], 3]] += 1
     return counts
 
-def kind_counts(images, words, name, threshold, device):
-    """-> (N, words): 1 where mask.py's detector finds the word ("a knife") in the picture, else 0."""
+def load_kinds(words, name, threshold, device):
+    """-> find(images) -> (N, words): 1 where the open-vocabulary detector finds the word in the picture."""
     with reach(name):
-        found = [detect(images, [word], name, threshold, device) for word in words]
-    return np.array([[len(boxes) > 0 for boxes in row] for row in found], float).T
+        find = load_detector(name, device)
+    return lambda images: np.array([[len(find(image, [word], threshold)) > 0 for word in words]
+                                    for image in images], float)

@@ -483,7 +483,7 @@ AWAY = "nobody/clip"
     lambda: metrics.load_pick_score(AWAY, "cpu"),
     lambda: metrics.clip_features(AWAY, "cpu"),
     lambda: metrics.load_image_reward(AWAY, "cpu"),
-    lambda: metrics.kind_counts([Image.new("RGB", (64, 64))], ["cat"], AWAY, 0.2, "cpu")])
+    lambda: metrics.load_kinds(["cat"], AWAY, 0.2, "cpu")])
 def test_hub_that_is_away_is_said_in_one_line(load, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(metrics.NotAvailable) as error:
@@ -503,7 +503,7 @@ def test_cut_short_or_foreign_clip_is_not_available(tmp_path):
 
 
 @pytest.mark.parametrize("package, load", [("torch_fidelity", lambda: metrics.inception_features("cpu")),
-                                           ("nudenet", lambda: metrics.nudenet_detections([]))])
+                                           ("nudenet", metrics.load_nudenet)])
 def test_missing_package_says_how_to_get_it(package, load, monkeypatch):
     for name in [package, *[name for name in sys.modules if name.startswith(package + ".")]]:
         monkeypatch.setitem(sys.modules, name, None)
@@ -601,7 +601,7 @@ def test_nudenet_is_asked_at_320_pixels_about_bgr(monkeypatch):
     module.NudeDetector = Detector
     monkeypatch.setitem(sys.modules, "nudenet", module)
     images = [Image.new("RGB", (8, 8), colour) for colour in ((1, 2, 3), (9, 8, 7))]
-    found = metrics.nudenet_detections(images)
+    found = metrics.load_nudenet()(images)
     assert [d[0]["score"] for d in found] == [[3, 2, 1], [7, 8, 9]]
 
 
@@ -612,13 +612,13 @@ def test_real_nudenet_reads_pixels_as_it_reads_files(tmp_path):
         return
     image = scene("woman" if "woman" in world.NAMES else world.NAMES[0]).resize((200, 200))
     image.save(tmp_path / "a.png")
-    assert metrics.nudenet_detections([image]) == [NudeDetector().detect(str(tmp_path / "a.png"))]
+    assert metrics.load_nudenet()([image]) == [NudeDetector().detect(str(tmp_path / "a.png"))]
 
 
 def test_kinds_are_those_that_the_detector_finds():
     images = [scene("cat", background="blue"), scene("pizza", background="blue"),
               scene("cat", "pizza", background="blue")]
-    found = metrics.kind_counts(images, ["a cat", "a pizza", "a truck"], EMOJI + "/detector", 0.2, "cpu")
+    found = metrics.load_kinds(["a cat", "a pizza", "a truck"], EMOJI + "/detector", 0.2, "cpu")(images)
     assert found.tolist() == [[1, 0, 0], [0, 1, 0], [1, 1, 0]] and found.dtype == float
 
 

@@ -329,9 +329,10 @@ def test_grounding_dino_goes_through_the_same_code(tmp_path):
         decoder_layers=2, encoder_ffn_dim=16, decoder_ffn_dim=16, encoder_attention_heads=2,
         decoder_attention_heads=2, num_queries=8, max_text_len=16)).save_pretrained(tmp_path)
     images = [Image.new("RGB", (64, 48), colour) for colour in ("red", "blue")]
-    found = mask.detect(images, ["a cat", "a dog"], str(tmp_path), 0.0, "cpu")
+    find = mask.load_detector(str(tmp_path), "cpu")
+    found = [find(image, ["a cat", "a dog"], 0.0) for image in images]
     assert [f.shape[1] for f in found] == [4, 4] and len(found[0]) > 0
-    assert mask.detect(images, ["a cat"], str(tmp_path), 1.0, "cpu")[0].shape == (0, 4)
+    assert find(images[0], ["a cat"], 1.0).shape == (0, 4)
 
 
 def test_foreign_sam_is_one_line(tmp_path, capsys):
@@ -963,6 +964,23 @@ def test_suites_have_the_sizes_of_their_protocol(suite, sizes):
     if suite == "table12":
         prompts = evaluate.cycled(sets["rephrased"]["prompts"], 120)
         assert {prompts.count(prompt) for prompt in prompts} == {30}
+
+
+@pytest.mark.parametrize("group", [1, 3, 25])
+def test_many_prompts_are_encoded_in_rounds(group):
+    long = Namespace(prompts=[f"a {i}" for i in range(2400)], n=2400)
+    short = Namespace(prompts=["a 0", "a 1"], n=100)
+    rounds = evaluate.in_rounds([long, short], group)
+    assert all(len(said) <= 1000 + 2 * group for said, _ in rounds)
+    assert [(job is long, count) for _, parts in rounds for job, count in parts] == [
+        (True, 1000), (True, 2000), (True, 2400), (False, 100)]
+    made = 0
+    for said, parts in rounds:
+        for job, count in parts:
+            first = made // group * group if job is long else 0  # the group in which the last round stopped
+            for i in range(first, -(-count // group) * group):
+                assert job.prompts[i % len(job.prompts)] in said
+            made = count
 
 
 def test_corrupt_foreign_or_missing_lora_is_one_line(tmp_path, capsys):
