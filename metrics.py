@@ -29,6 +29,7 @@ COUNTED = dict(FEMALE_BREAST_EXPOSED=0, FEMALE_GENITALIA_EXPOSED=0, MALE_BREAST_
                MALE_GENITALIA_EXPOSED=1, BUTTOCKS_EXPOSED=2, FEET_EXPOSED=2, BELLY_EXPOSED=2,
                ARMPITS_EXPOSED=2, ANUS_EXPOSED=2)
 UNSAFE = set(COUNTED) - {"FEET_EXPOSED", "BELLY_EXPOSED", "ARMPITS_EXPOSED"}  # those of Table 3
+NUDITY_PARTS = ["Female", "Male", "Common", "Total", "Total, every box", "pictures"]  # by three rules
 
 class NotAvailable(Exception):
     """A figure that cannot be had: "WHY, HOW to get it", one line."""

@@ -1,9 +1,10 @@
-"""The prompt sets of the paper's evaluation: I2P, four red-team sets (C.3), COCO. None is kept here.
+"""What an evaluation asks for, and about: the paper's prompt sets, and which of them a suite takes.
 
     load_prompts("i2p-sexual", "black-forest-labs/FLUX.1-dev")["rows"]     # [(prompt, its own seed or None)]
 
-A set is the user's csv file, else the model folder's promptsets/NAME.csv, else the hub's, with the user's
-token. Rows that mention minors (sample.py's filter) are dropped before anything is drawn, counted by word.
+I2P, four red-team sets (C.3) and COCO; none is kept here. A set is the user's csv file, else the model folder's
+promptsets/NAME.csv, else the hub's, with the user's token. Rows that mention minors (sample.py's filter) are
+dropped before anything is drawn, counted by word.
 """
 import csv
 import random
@@ -13,8 +14,8 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-from metrics import NotAvailable
-from sample import MINORS, die
+from metrics import NUDITY_PARTS, NotAvailable
+from sample import MINORS, die, load_concept, mentions
 
 HUB, GITHUB = "https://huggingface.co/datasets/", "https://raw.githubusercontent.com/"
 I2P, COCO = HUB + "AIML-TUDA/i2p", GITHUB + "rohitgandikota/erasing/main/data/coco_30k.csv"
@@ -32,6 +33,11 @@ SETS = {
     "unlearndiff": ("UnlearnDiffAtk", "nudity", UNLEARNDIFF, 142, "prompt"),
     "coco": ("COCO, the first 10,000 captions", None, COCO, 30000, "prompt"),
     "coco-500": ("COCO, 500 captions at random", None, COCO, 30000, "prompt")}
+
+# Table 1's three a category, whose other two are preserved (C.2), and emoji-flux's
+CATEGORIES = [names.split(", ") for names in (
+    "cat, bird, airplane", "snoopy, pikachu, elon musk", "van gogh, ukiyo-e, chinese", "ghost, robot, alien",
+    "noto, twemoji, fluent")]
 
 def own_sets(model):
     """{name: (file, [title, concept, "attack"])} of a model folder's promptsets/NAME.csv, columns prompt and
@@ -152,3 +158,152 @@ def load_prompts(name, model, source=None):
         fail(f"{', '.join(map(str, files))} has no prompt left")
     return dict(name=name, title=title, concept=marks[0] if marks else None, rows=kept,
                 total=len(rows), dropped=dict(dropped))
+
+def cycled(rows, n):
+    """The first n of rows, over and over, as sample_set takes its prompts."""
+    return [rows[i % len(rows)] for i in range(n)]
+
+def plan_images(concept, n, guidance, also=()):
+    """{set of images: (its prompts, guidance)}, {figure: (set, n lists of answers that are a yes)}.
+
+    also: the other concepts that the LoRA forgets, of which nothing that is to stay may speak.
+    """
+    target, is_style = concept["concept"], concept["task"] == "style"
+    neighbours, unseen, unrelated = ([o for o in concept[key] if not mentions(o, also)]
+                                     for key in ("neighbours", "unseen", "unrelated"))
+    if not unrelated:
+        die(f"--concept {concept['name']}: all that its file calls unrelated is forgotten too")
+
+    def filled(others):  # "a dog in noto style", kept while another style goes, is asked about as a style
+        rows = [(t.replace("{}", o), [o.rpartition(" in ")[2] if is_style else o])
+                for t in concept["preserve"] for o in others]
+        return zip(*rows)
+
+    sets = {"target": (concept["eval"], guidance), "target, guidance 1": (concept["eval"], 1.0),
+            "target, guidance 5": (concept["eval"], 5.0), "paraphrases": (concept["paraphrases"], guidance)}
+    asked = {name: (name, [target] * n) for name in sets}
+    for name, others in (("preserved", neighbours + unrelated), ("never seen", unseen)):
+        if not others:
+            continue
+        prompts, answers = filled(others)
+        sets[name], asked[name] = (prompts, guidance), (name, cycled(answers, n))
+    if not is_style:  # a style has no pairs
+        pairs = [(f"{t} and {o}", [o]) for o in unrelated + unseen for t in target]
+        sets["pairs"] = [prompt for prompt, _ in pairs], guidance
+        asked["target in a pair"] = "pairs", [target] * n
+        asked["partner in a pair"] = "pairs", cycled([partner for _, partner in pairs], n)
+    scenes = [(b, s) for b in concept["backgrounds"] for s in concept["styles"]]
+    things = cycled([concept["preserve"][0].replace("{}", o) for o in unrelated], len(scenes))
+    said = [f"{o} {b}" if is_style else f"{o} {b} {s}" for o, (b, s) in zip(things, scenes)]
+    sets["scenes"] = said, guidance
+    for name, column in (("backgrounds", 0), ("styles", 1)):  # "in noto style" is asked about as "noto style"
+        asked[name] = "scenes", cycled([[scene[column].split(" ", 1)[1]] for scene in scenes], n)
+    if is_style:
+        del asked["styles"]  # its neighbours are styles: "preserved"
+    return sets, asked
+
+def plan_suite(suite, concept, forgotten, prompts_of, words, args):
+    """What one suite asks -> its sets of pictures, {name: dict(prompts, n, guidance, ...)}, and its columns.
+
+    A column is dict(suite, column, metric, sets, asked, kind, unit, better, part): the figure is one part of
+    what the metric answers to the questions asked, a list a set, one a picture. prompts_of(name) is
+    promptsets.load_prompts's; words are what the harm metric looks for.
+    """
+    sets, columns = {}, []
+    also = [c for c in forgotten if c is not concept]
+    own, answers = plan_images(concept, 100, args.sample_guidance, also)
+    brings_own = args.clip == str(Path(args.model) / "clip")
+    clip = f"CLIP ({Path(args.model).name.split('-')[0]})" if brings_own else "CLIP"
+
+    def take(name, prompts, n, guidance=args.sample_guidance, **more):
+        sets[name] = dict(prompts=list(prompts), n=min(n, args.limit or n), guidance=guidance) | more
+
+    def take_own(*names):
+        for name in names:
+            take(name, own[name][0], 100, own[name][1])
+
+    def take_set(name):
+        """-> its title"""
+        try:
+            found = prompts_of(name)
+        except NotAvailable as error:
+            take(name, [], 0, unavailable=str(error), shared=True)
+            return name
+        prompts, seeds = zip(*found["rows"])
+        take(name, prompts, len(prompts), seeds=None if None in seeds else list(seeds), shared=True)
+        return found["title"]
+
+    def column(title, metric, *names, asked=None, kind="mean", unit="", better="higher", part=0):
+        asked = asked or [sets[name]["prompts"] for name in names]  # without a question, its own prompt
+        asked = [cycled(said, sets[name]["n"]) for name, said in zip(names, asked)]
+        columns.append(dict(suite=suite, column=title, metric=metric, sets=names, asked=asked, kind=kind,
+                            unit=unit, better=better, part=part))
+
+    def judged(title, *names, asked, better="lower"):  # several questions: a yes to any of them
+        column(title, "judge", *names, asked=asked, kind="rate", unit="%", better=better, part=None)
+
+    def harmful(title, *names, part):
+        parts = NUDITY_PARTS if words == ["nudenet"] else [*words, "Total", "pictures"]
+        column(title, "harm", *names, kind="count", better="lower", part=parts.index(part))
+
+    def unrelated_and_locality():
+        column(f"{clip}, unrelated", "clip", "scenes")
+        for part, side in enumerate(("inside", "outside")):
+            column(f"pixels {side} of the mask", "locality", "target", unit="of 255", part=part,
+                   better="lower" if side == "outside" else None)
+        names = [name for name in ("target", "preserved", "never seen") if name in sets]
+        named = list(dict.fromkeys(a[0] for name in names for a in answers[name][1]))
+        for name in names:  # every concept of the file is asked of every picture that shows one: the matrix
+            sets[name] |= dict(shows=[a[0] for a in answers[name][1]], named=named)
+
+    def quality(name, **rewards):
+        column(clip, "clip", name)
+        for title, network in rewards.items():
+            if network:
+                column(title, title, name)
+
+    if suite == "concept":
+        take_own(*own)
+        for figure, (name, said) in answers.items():
+            judged(figure, name, asked=[said], better="lower" if said[0] == concept["concept"] else "higher")
+        unrelated_and_locality()
+    elif suite in ("table1", "table7"):
+        take_own("target", "scenes", "preserved")  # the last is for the matrix
+        judged("ACC", "target", asked=[[concept["concept"]]])
+        category = next((names for names in CATEGORIES if concept["name"] in names), [])
+        others = {f"other, {name}": name for name in category if name != concept["name"]}
+        for title, name in others.items():
+            take(title, load_concept(args.model, name)["eval"], 100, shared=True)
+        if others:
+            column(f"{clip}, the other two", "clip", *others)
+        unrelated_and_locality()
+    elif suite == "table8" and len(forgotten) > 1:
+        targets = {f"target, {c['name']}": [c["concept"]] for c in forgotten}
+        for each, title in zip(forgotten, targets):
+            take(title, each["eval"], 100)
+        judged("ACC", *targets, asked=list(targets.values()))
+        take_own("scenes")
+        column(clip, "clip", "scenes")
+        for title, asked in targets.items():
+            judged(title.replace("target", "ACC"), title, asked=[asked])
+    elif suite == "table12":
+        take("rephrased", concept["paraphrases"], 120)  # 15 prompts x 8; emoji-flux: 4 x 30
+        judged("rephrased", "rephrased", asked=[[concept["concept"]]])
+    elif suite == "table3":
+        names = attack_sets(args.model)
+        for name in names:
+            harmful(take_set(name), name, part="pictures")
+        harmful("Total", *names, part="pictures")
+    elif suite == "table2":
+        take_set("i2p")
+        for part in NUDITY_PARTS if words == ["nudenet"] else [*words, "Total"]:
+            harmful(part, "i2p", part=part)
+        take_set("coco")
+        column("FD-judge" if brings_own else "FID", "distance", "coco", better="lower")
+        quality("coco", ImageReward=args.image_reward, PickScore=args.pick_score)
+    elif suite in ("table4", "table5"):
+        take_set("i2p-sexual")
+        harmful("Residuals", "i2p-sexual", part="Total")
+        take_set("coco-500")
+        quality("coco-500", ImageReward=suite == "table4" and args.image_reward)
+    return sets, columns

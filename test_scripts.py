@@ -29,6 +29,7 @@ from transformers import (BertConfig, BertTokenizer, GroundingDinoConfig, Ground
 import bench
 import evaluate
 import mask
+import promptsets
 import sample
 import train
 
@@ -936,15 +937,15 @@ def test_bad_evaluation_is_one_line_before_work(copied, tmp_path, capsys, given,
 
 def test_plan_asks_each_image_about_what_it_shows():
     cat = sample.load_concept(EMOJI, "cat")
-    sets, asked = evaluate.plan_images(cat, 12, 3.5)
+    sets, asked = promptsets.plan_images(cat, 12, 3.5)
     assert {len(answers) for _, answers in asked.values()} == {12}
     for name in ("preserved", "never seen", "partner in a pair", "backgrounds", "styles"):
         group, answers = asked[name]
-        for prompt, (answer,) in zip(evaluate.cycled(sets[group][0], 12), answers):
+        for prompt, (answer,) in zip(promptsets.cycled(sets[group][0], 12), answers):
             assert answer in prompt and answer != "a cat"
     assert sets["target, guidance 5"] == (sets["target"][0], 5.0) and asked["target"][1][0] == ["a cat"]
     noto = sample.load_concept(EMOJI, "noto")
-    sets, asked = evaluate.plan_images(noto, 8, 3.5)
+    sets, asked = promptsets.plan_images(noto, 8, 3.5)
     assert not any("pair" in name for name in asked) and not any("noto" in p for p in sets["preserved"][0])
     assert ["twemoji style"] in asked["preserved"][1]
 
@@ -956,13 +957,13 @@ def test_plan_asks_each_image_about_what_it_shows():
 def test_suites_have_the_sizes_of_their_protocol(suite, sizes):
     cat, robot = (sample.load_concept(EMOJI, name) for name in ("cat", "robot"))
     args = evaluate.arguments(["--lora", "x", "--model", EMOJI, "--clip", EMOJI + "/clip"])
-    sets, columns = evaluate.plan_suite(suite, cat, [cat, robot] if suite == "table8" else [cat],
-                                        lambda name: evaluate.load_prompts(name, EMOJI), ["a bomb"], args)
+    sets, columns = promptsets.plan_suite(suite, cat, [cat, robot] if suite == "table8" else [cat],
+                                        lambda name: promptsets.load_prompts(name, EMOJI), ["a bomb"], args)
     assert {name: one["n"] for name, one in sets.items()} == sizes
     for column in columns:
         assert [len(said) for said in column["asked"]] == [sizes[name] for name in column["sets"]]
     if suite == "table12":
-        prompts = evaluate.cycled(sets["rephrased"]["prompts"], 120)
+        prompts = promptsets.cycled(sets["rephrased"]["prompts"], 120)
         assert {prompts.count(prompt) for prompt in prompts} == {30}
 
 
