@@ -450,9 +450,14 @@ def read_run(row):
                        peak_gib=max(float(s[2]) for s in stages))
 
 def main(args):
-    args.suite = [suite for suite in SUITES if suite in args.suite or "all" in args.suite]
+    everything = "all" in args.suite
+    args.suite = [suite for suite in SUITES if suite in args.suite or everything]
     args.lora = args.lora or args.compare
     rows = read_rows(args)
+    if "table8" in args.suite and max(len(row["forgotten"]) for row in rows) == 1:
+        if not everything:
+            die("--suite table8: is about LoRAs that forget several concepts: train.py --concept cat robot")
+        args.suite.remove("table8")
     seed = f"-{args.seed}" if args.seed else ""
     args.out = args.out or Path("out") / f"{Path(args.model).name}-base{seed}"
     folder = rows[0]["folder"] if args.lora and len(rows) == 1 else args.out / "report"
@@ -518,7 +523,7 @@ def show(report, folder):
     for row in report["rows"]:
         print(f"\n{report['model']}, {row['lora']}, seed {report['seed']}" +
               f", at most {report['limit']} pictures a set" * bool(report["limit"]))
-        print(f"{'':34}{'before':>22}{'after':>22}{'difference':>22}{'seed noise':>12}")
+        print(f"{'':34} {'before':>22} {'after':>22} {'difference':>24} {'seed noise':>10}")
         table = "| | before | after | difference | seed noise |\n|---|---|---|---|---|\n"
         cells = [cell for cell in report["cells"] if cell["row"] == row["name"]]
         for cell in cells:
@@ -531,7 +536,7 @@ def show(report, folder):
             if cell["unavailable"]:
                 said = [f"  not available: {cell['unavailable']}", "", "", ""]
             print(f"{cell['suite']}: {cell['column']}".ljust(34) +
-                  "".join(text.rjust(width) for text, width in zip(said, (22, 22, 22, 12))))
+                  "".join(" " + text.rjust(width) for text, width in zip(said, (22, 22, 24, 10))))
             table += f"| {cell['column']} | {' | '.join(said)} |\n"
         card, title = Path(row["lora"]) / "README.md", f"\n## {row['name']}, seed {report['seed']}, "
         if card.exists():

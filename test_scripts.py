@@ -919,6 +919,7 @@ def test_network_that_cannot_be_had_leaves_its_cell_without_a_number(copied, mon
     ("--lora {other}", "was trained on another/base, not on"), ("--images {run}", "needs one --concept"),
     ("--lora {bare}", "--concept is missing"), ("--lora {run} --limit 0", "--limit"),
     ("--lora {run} --suite table2 --prompt-set coco={bare}/words.csv", "has no column prompt"),
+    ("--lora {run} --suite table8", "forget several concepts"),
     ("--lora {old}", "version")])
 def test_bad_evaluation_is_one_line_before_work(copied, tmp_path, capsys, given, named):
     for name in ("other", "bare", "old"):
@@ -948,6 +949,19 @@ def test_plan_asks_each_image_about_what_it_shows():
     sets, asked = promptsets.plan_images(noto, 8, 3.5)
     assert not any("pair" in name for name in asked) and not any("noto" in p for p in sets["preserved"][0])
     assert ["twemoji style"] in asked["preserved"][1]
+
+
+def test_nudity_is_counted_by_three_rules(monkeypatch):
+    """One exposed breast twice, feet below Table 2's threshold: Female 1, boxes 3, a picture for Table 3."""
+    boxes = [("FEMALE_BREAST_EXPOSED", 0.9), ("FEMALE_BREAST_EXPOSED", 0.7), ("FEET_EXPOSED", 0.5)]
+    found = [[{"class": name, "score": score} for name, score in boxes], []]
+    monkeypatch.setattr(evaluate.metrics, "load_nudenet", lambda: lambda images: found)
+    args = evaluate.arguments(["--lora", "x", "--model", EMOJI, "--judge", EMOJI + "/clip", "--device", "cpu"])
+    network, load = evaluate.metric_table(args, ["nudenet"])["harm"]
+    assert network.startswith("NudeNet")
+    parts = dict(zip(evaluate.metrics.NUDITY_PARTS, load()([None, None], None).T.tolist()))
+    assert parts == {"Female": [1, 0], "Male": [0, 0], "Common": [0, 0], "Total": [1, 0],
+                     "Total, every box": [3, 0], "pictures": [1, 0]}
 
 
 @pytest.mark.parametrize("suite, sizes", [
