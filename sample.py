@@ -86,7 +86,8 @@ def data_flags(parser):
     parser.add_argument("--n-forget", type=number(int), default=50, help="N_ES, unstated (default 50)")
     parser.add_argument("--n-preserve", type=number(int), default=25, help="images a concept (C.1: 25)")
     parser.add_argument("--prompts", type=Path, help="a text file of forget prompts, instead of [train]")
-    parser.add_argument("--preserve", type=Path, help="a text file of preserved prompts, for D_PR")
+    parser.add_argument("--preserve", type=Path,
+                        help="a text file of preserved prompts for D_PR, 8 x --n-preserve images in all")
     parser.add_argument("--preserve-dir", type=Path, help="D_PR's images lie here, for several runs to share")
     parser.add_argument("--images", type=Path, help="a folder of your own forget images, no prompt file "
                         "needed: X.jpg, its caption X.txt, its mask X.mask.png")
@@ -596,6 +597,9 @@ def plan_sets(concepts, args):
                         args.n_preserve)
                 for c in concepts for other in c["neighbours"] + c["unrelated"]
                 if not mentions(other, concepts)}
+    if args.preserve and preserve:  # a file of many lines: one set, of as many images as eight concepts have
+        count = max(len(preserve), 8 * args.n_preserve)
+        preserve = {"": (folder / args.preserve.stem, args.preserve.stem, list(preserve), count)}
     if not preserve:
         die("--concept: nothing is left to preserve, all that the files name is to be forgotten")
     for *one, count in (*forget, *preserve.values()):

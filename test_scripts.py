@@ -679,7 +679,8 @@ def test_your_own_pictures_without_a_prompt_file(tmp_path):
     assert np.abs(np.asarray(made[3], float) - gray).mean() < 2
     half = np.asarray(Image.open(folder / "005.mask.png"))
     assert half[:31].all() and not half[33:].any()
-    assert {p.name for p in (out / "preserve").iterdir()} == {"a tiger", "a truck"}
+    manifest = json.loads((out / "preserve" / "keep" / "manifest.json").read_text())
+    assert [row["prompt"] for row in manifest] == ["a tiger", "a truck"] * 8
     assert (out / WEIGHTS).exists()
 
 

@@ -365,9 +365,10 @@ def main(args):
         die(f"--accumulate {args.accumulate} does not divide --batch {args.batch}")
     forget, preserve = plan_sets(concepts, args)
     batch = args.batch * PartialState().num_processes
-    if batch > min(args.n_forget, len(preserve) * args.n_preserve):
-        die(f"--batch {batch}: above the {args.n_forget} forget (--n-forget) or "
-            f"{len(preserve)} x {args.n_preserve} preserved images (--n-preserve)")
+    preserved = sum(count for *_, count in preserve)
+    if batch > min(args.n_forget, preserved):
+        die(f"--batch {batch}: above the {args.n_forget} forget (--n-forget) or {preserved} preserved images "
+            "(--n-preserve)")
     # what a resumed run may change, and what is each concept's own
     apart = ("out device save_every checkpoint_every checkpointing previous_checkpoint offload min_found "
              "eta gamma tau lambda_prior").split()
