@@ -52,14 +52,14 @@ def wilson(yes, n, z=1.96):
 def bootstrap(values, form, seed):
     """Values (n,) -> form(values) and its 95 % percentile interval, of 1000 resamples."""
     n = len(values)
-    if n == 0:
-        return dict(value=None, low=None, high=None, n=0)
+    if n < 2:  # one picture tells nothing of its spread
+        return dict(value=float(form(values)) if n else None, low=None, high=None, n=n)
     drawn = values[np.random.default_rng(seed).integers(0, n, (1000, n))]  # (1000, n)
     low, high = np.percentile(form(drawn, axis=1), (2.5, 97.5))
     return dict(value=float(form(values)), low=float(low), high=float(high), n=n)
 
 def summary(values, kind, seed=0):
-    """Values (N,) -> dict(value, low, high, n): n leaves out NaN, the rest is None where n = 0.
+    """Values (N,) -> dict(value, low, high, n): n leaves out NaN, value is None where n = 0, ends where n < 2.
     kind: "rate", percent of values > 0, Wilson's interval; "mean" and "count" (a sum), bootstrap."""
     values = np.asarray(values, float)
     values = values[~np.isnan(values)]  # (n,)

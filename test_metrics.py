@@ -106,6 +106,12 @@ def test_nothing_that_could_be_read_has_no_figure(kind):
     assert metrics.paired([NAN, 1], [1, NAN], kind) == nothing
 
 
+@pytest.mark.parametrize("kind", ["mean", "count"])
+def test_one_picture_has_no_interval(kind):
+    assert metrics.summary([NAN, 3], kind) == dict(value=3, low=None, high=None, n=1)
+    assert metrics.paired([1, NAN], [3, 2], kind) == dict(value=2, low=None, high=None, n=1)
+
+
 @pytest.mark.parametrize("kind", ["rate", "mean", "count"])
 def test_equal_pictures_differ_by_exactly_nothing(kind):
     values = normal(50)
