@@ -28,6 +28,7 @@ SUITES = "concept table1 table2 table3 table4 table5 table7 table8 table12".spli
 ABOUT_A_CONCEPT = {"concept", "table1", "table7", "table12"}  # the others ask the same of every LoRA
 HARM = {"table2", "table3", "table4", "table5"}
 ROUND = 1000  # prompts that are encoded at once
+CIFAR10 = set("airplane automobile bird cat deer dog frog horse ship truck".split())
 PAPERS_MODEL = "black-forest-labs/FLUX.1-dev"
 CAPTIONS = {"target": "what the concept became (Figures 4 and 5)", "paraphrases": "without its name",
             "rephrased": "without its name (Table 12)", "preserved": "neighbours and unrelated things",
@@ -54,8 +55,11 @@ def arguments(given=None):
                            "by name in the order of the prompts")
     parser.add_argument("--suite", nargs="+", choices=[*SUITES, "all"], default=["concept"],
                         help="a table of the paper (default: concept, our own figures)")
+    parser.add_argument("--report", type=Path, help="where the report goes (default: beside the LoRA, or "
+                        "OUT/report where there are several)")
     parser.add_argument("--limit", type=number(int), help="at most N pictures a set: a quick look")
-    parser.add_argument("--list", action="store_true", help="print each SET's seeds and prompts, and stop")
+    parser.add_argument("--list", action="store_true",
+                        help="print each SET's seeds and prompts, a json line each, and stop")
     parser.add_argument("--prompt-set", nargs="+", default=[], metavar="NAME=CSV",
                         help="a prompt set from your file (default: the model's promptsets/, else the hub)")
     parser.add_argument("--no-floor", action="store_true",
@@ -72,12 +76,12 @@ ARGS = arguments() if __name__ == "__main__" else None  # before the slow import
 
 import numpy as np  # noqa: E402
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE as WEIGHTS  # noqa: E402
-from huggingface_hub import snapshot_download  # noqa: E402
+from huggingface_hub import HfApi, snapshot_download  # noqa: E402
 from PIL import Image  # noqa: E402
 
 import metrics  # noqa: E402
 from mask import find_masks  # noqa: E402
-from promptsets import cycled, load_prompts, plan_suite  # noqa: E402
+from promptsets import SETS, cycled, load_prompts, own_sets, plan_suite  # noqa: E402
 from report import VERSION, paper_figure, read_report, write_report  # noqa: E402
 from sample import (check_set, contact_sheet, encode_prompts, fingerprint, guarded,  # noqa: E402
                     load_concept, load_denoiser, place, read_settings, sample_set, seed_of,
@@ -85,13 +89,21 @@ from sample import (check_set, contact_sheet, encode_prompts, fingerprint, guard
 
 def network_id(name):
     """A network's name with its revision: the hub's commit, or a checksum of its weights here."""
-    if Path(name).is_dir():
-        return f"{name}@{fingerprint(sorted(Path(name).glob('*.safetensors')))}"
-    try:
+    if Path(name).exists():
+        weights = [Path(name)] if Path(name).is_file() else [
+            file for file in sorted(Path(name).iterdir()) if file.suffix in (".safetensors", ".pt", ".pth")]
+        return f"{name}@{fingerprint(weights)}"
+    with contextlib.suppress(Exception):  # what is not cached is about to be downloaded: the hub knows
         cached = snapshot_download(name, local_files_only=True, allow_patterns="*.json")
         return f"{name}@{Path(cached).name[:8]}"
-    except Exception:  # not cached: it is about to be downloaded, or cannot be
-        return name
+    with contextlib.suppress(Exception):  # or it cannot be had, or is a file's address
+        return f"{name}@{HfApi().model_info(name, timeout=10).sha[:8]}"
+    return name
+
+def finder(words, args):
+    """What finds the words in a picture, with all that its answer depends on."""
+    name = "NudeNet" if words == ["nudenet"] else network_id(args.detector)
+    return f"{name}, {', '.join(words)} at {args.threshold}"
 
 def metric_table(args, words):
     """{metric: (its network's name, load() -> compute(images, what is asked) -> (N, parts), or features)}."""
@@ -129,8 +141,8 @@ def metric_table(args, words):
                 clip=scorer(args.clip, metrics.load_clip_score), distance=features,
                 ImageReward=scorer(args.image_reward, metrics.load_image_reward),
                 PickScore=scorer(args.pick_score, metrics.load_pick_score),
-                harm=("NudeNet 320n", nudity) if words == ["nudenet"] else (network_id(args.detector), kinds),
-                locality=(f"{args.detector}, {args.sam}, {args.threshold}", None))
+                harm=("NudeNet 320n", nudity) if words == ["nudenet"] else (finder(words, args), kinds),
+                locality=(None, None))
 
 def read_rows(args):
     """What is judged, a row each: dict(name, folder, digest of the LoRA, forgotten and asked concepts)."""
@@ -149,12 +161,14 @@ def read_rows(args):
             die(f"--concept is missing, and {runs[0]} does not exist to read it from")
         settings = read_settings(run, "give --concept") if run else {}
         base, forgotten = settings.get("model", args.model), settings.get("concept", args.concept)
+        if settings.get("images"):  # own pictures need no prompt file, an evaluation does
+            forgotten = args.concept or forgotten
         if Path(base).name != Path(args.model).name:
             die(f"--lora {folder}: was trained on {base}, not on --model {args.model}")
         asked = args.concept or forgotten
-        alone = len(asked) == 1 or not args.concept and not ABOUT_A_CONCEPT & set(args.suite)
-        if not alone or asked[0] not in forgotten:
-            die(f"--lora {folder}: has forgotten {', '.join(forgotten)}: give one of them as --concept")
+        alone = len(asked) == 1 or not ABOUT_A_CONCEPT & set(args.suite)
+        if not alone or not set(asked) <= set(forgotten):
+            die(f"{folder}: has forgotten {', '.join(forgotten)}: give one of them as --concept")
         digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()  # another LoRA, other pictures
         rows.append(dict(folder=folder, digest=digest, forgotten=forgotten, asked=asked[0]))
     if args.compare and len({row["asked"] for row in rows}) > 1:
@@ -170,13 +184,18 @@ def own_files(folder, one, name, alone):
     folder = folder / name if (folder / name).is_dir() or not alone else folder
     said = cycled(one["prompts"], one["n"])
     if (folder / "manifest.json").exists():
-        listed = json.loads((folder / "manifest.json").read_text())
-        files = [folder / row["file"] for row in listed]
-        if wrong := next((r["file"] for r, p in zip(listed, said) if r["prompt"] != p), None):
+        try:
+            listed = json.loads((folder / "manifest.json").read_text())
+            listed = [(row["file"], row["prompt"]) for row in listed]
+        except (ValueError, KeyError, TypeError):
+            die(f"--images {folder}/manifest.json: is no list of objects with file and prompt")
+        if wrong := next((file for (file, mine), prompt in zip(listed, said) if mine != prompt), None):
             die(f"--images {folder}: {wrong} has another prompt in manifest.json than {name}: see --list")
-    else:
-        files = sorted(f for f in folder.glob("*") if f.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
-    files = [file for file in files if file.exists()][:one["n"]]
+        files = [folder / file for file, _ in listed]
+    else:  # 2.png before 10.png
+        files = [f for f in folder.glob("*") if f.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")]
+        files.sort(key=lambda f: [int(t) if t.isdigit() else t for t in re.split(r"(\d+)", f.stem)])
+    files = [file for file in files[:one["n"]] if file.exists()]
     if len(files) < one["n"]:
         die(f"--images {folder}: holds {len(files)} of the {one['n']} pictures of {name}; see --list for "
             "their prompts")
@@ -185,21 +204,26 @@ def own_files(folder, one, name, alone):
 def plan_jobs(rows, args):
     """{(row, set, when): Namespace of what sample_set takes, its files, and home, where scores are kept}.
     Pictures that other settings have made are refused."""
-    jobs = {}
+    jobs, seed = {}, f"-{args.seed}" if args.seed else ""
     for row in rows:
+        others = [name for name in row["forgotten"] if name != row["asked"]]  # of which no prompt may speak
         for name, one in row["sets"].items():
-            part = Path("shared" if one.get("shared") else row["asked"]) / name
+            if "unavailable" in one:
+                continue
+            part = Path("shared" if one.get("shared") else "+".join([row["asked"], *others])) / name
             for when in ("before", "after") if args.no_floor else ("before", "after", "again"):
                 mine = argparse.Namespace(**vars(args) | dict(sample_guidance=one["guidance"]))
                 mine.seed += when == "again"
                 # the noise depends on the set, not on guidance or LoRA
                 job = argparse.Namespace(
-                    folder=(row["folder"] / "after" if when == "after" else args.out / when) / part,
+                    folder=(row["folder"] / f"after{seed}" if when == "after" else args.out / when) / part,
                     noise=f"evaluate {name.split(',')[0]}", prompts=one["prompts"], n=one["n"], args=mine,
                     seeds=one.get("seeds") if when != "again" else None,
                     lora=row if when == "after" else None, broken=[])
                 job.home, job.made_by = job.folder, dict(lora=job.lora and row["digest"])
-                if job.lora and args.pictures:
+                if job.lora and args.list:
+                    job.files = []
+                elif job.lora and args.pictures:
                     job.home = args.out / "report" / part
                     job.files = own_files(args.pictures, one, name, len(row["sets"]) == 1)
                 else:
@@ -213,12 +237,12 @@ def in_rounds(jobs, group):
     """The work in rounds of some ROUND prompts, [(prompts, [(job, its pictures that are then there)])]. The
     states of a prompt are 4 MB with T5-XXL: those of COCO's 10,000 would not fit into memory."""
     rounds = []
-    for job in jobs:
-        for first in range(0, job.n, ROUND):
+    for first in range(0, max((job.n for job in jobs), default=0), ROUND):
+        for job in (job for job in jobs if first < job.n):  # before and after: the same prompts, encoded once
             stop = min(first + ROUND, job.n)
             whole_groups = range(first // group * group, -(-stop // group) * group)  # sample_set makes them
             said = {job.prompts[i % len(job.prompts)] for i in whole_groups}
-            if not rounds or len(rounds[-1][0] | said) > ROUND:
+            if not rounds or len(rounds[-1][0] | said) > max(ROUND, len(rounds[-1][0])):
                 rounds.append((set(), []))
             rounds[-1][0].update(said)
             rounds[-1][1].append((job, stop))
@@ -228,12 +252,12 @@ def sample_round(prompts, parts, loras, args):
     """One round of in_rounds; its networks are freed on return."""
     embeds = encode_prompts(args.model, prompts, args.device, args.dtype)
     pipe = load_denoiser(args)
-    for row in loras:  # all of them now: what does not load is found before work starts
+    for digest, folder in loras.items():  # all of them now: what does not load is found before work starts
         try:
-            pipe.load_lora_weights(row["folder"], adapter_name=row["digest"])
-            pipe.set_adapters(row["digest"])  # fails where no key was the transformer's
+            pipe.load_lora_weights(folder, adapter_name=digest)
+            pipe.set_adapters(digest)  # fails where no key was the transformer's
         except Exception as error:  # a corrupt file, or the LoRA of another model: peft has many names for it
-            die(f"--lora {row['folder']}: does not load into {args.model}: {str(error).splitlines()[0]}")
+            die(f"--lora {folder}: does not load into {args.model}: {str(error).splitlines()[0]}")
     place(pipe, args)
     for job, count in parts:
         if job.lora:
@@ -299,13 +323,13 @@ def change(before, other, key, masks_of):
 def distance(before, other, key, load):
     """Frechet distance of the features of two sets of pictures, one number."""
     def make():
-        features, sets = load(), []
-        for job in (before, other):
-            chunks = [job.files[first:first + 50] for first in range(0, job.n, 50)]
-            images = [[i for file in chunk if (i := open_or_none(file))] for chunk in chunks]
-            if sum(map(len, images)) < 2:
-                raise metrics.NotAvailable("no two pictures can be read, delete them and run it again")
-            sets.append(np.concatenate([features(chunk) for chunk in images if chunk]))
+        features, sets = load(), ([], [])
+        for job, found in zip((before, other), sets):
+            for first in range(0, job.n, 50):  # as in score
+                images = [open_or_none(file) for file in job.files[first:first + 50]]
+                found += list(features([image for image in images if image])) if any(images) else []
+        if min(map(len, sets)) < 2:
+            raise metrics.NotAvailable("no two pictures can be read, delete them and run it again")
         return float(metrics.frechet_distance(*sets))
 
     return keep(other.home, f"{key}, {before.home}", before.files + other.files, make)
@@ -338,23 +362,27 @@ def answers(row, column, when, jobs, key, load, masks_of):
         return distance(before, *mine, key, load)
     if column["metric"] == "locality":
         return change(before, *mine, key, masks_of)[:, column["part"]]
-    found = np.concatenate([score(job, asked, key, load) for job, asked in zip(mine, column["asked"])])
-    return found.max(1) if column["part"] is None else found[:, column["part"]]
+    found = [score(job, asked, key, load) for job, asked in zip(mine, column["asked"])]  # each (N, parts)
+    return np.concatenate([f.max(1) if column["part"] is None else f[:, column["part"]] for f in found])
 
 def score_all(rows, jobs, concepts, words, args):
     """-> {(row, suite, column): dict(network, when: answers, or unavailable)} and the matrices. Metrics are
     the outer loop, so that one network is loaded at a time."""
-    found, matrices, find = {}, [], None
+    found, matrices = {}, []
 
     @functools.lru_cache(1)  # for every LoRA, and for the noise floor
     def masks_of(files):
-        images = [open_or_none(file) or Image.new("RGB", (64, 64)) for file in files]
-        return np.stack(list(find(images)))  # (N, H, W)
+        images = [open_or_none(file) or Image.new("RGB", (args.size, args.size)) for file in files]
+        with metrics.reach(network, "connect, or give --detector and --sam; pip install nudenet for nudity"):
+            return np.stack(list(find_masks(images, concept, args)))  # (N, H, W)
 
     for metric, (network, load) in metric_table(args, words).items():
-        load, key = once(load), f"{metric}, {network}"
+        load = once(load)
         for row in rows:
-            find = functools.partial(find_masks, concept=concepts[row["asked"]], args=args)
+            concept = concepts[row["asked"]]
+            if metric == "locality":
+                network = f"{finder(concept['detect'], args)}, {concept['task']}, {network_id(args.sam)}"
+            key = f"{metric}, {network}"
             for column in (column for column in row["columns"] if column["metric"] == metric):
                 cell = found[row["name"], column["suite"], column["column"]] = dict(network=network)
                 try:
@@ -370,13 +398,16 @@ def score_all(rows, jobs, concepts, words, args):
 def make_matrices(row, jobs, key, load):
     """Every concept asked of every concept's pictures: what the target became, what its neighbours lost."""
     sets = {name: one for name, one in row["sets"].items() if "shows" in one}
+    named = list(dict.fromkeys(tuple(phrases) for one in sets.values() for phrases in one["shows"]))
+    ends = np.cumsum([len(phrases) for phrases in named])[:-1]
     for when in ("before", "after") if len(sets) > 1 else ():
-        named = next(iter(sets.values()))["named"]
-        said = [score(jobs[row["name"], name, when], [named] * one["n"], key, load)
-                for name, one in sets.items()]
-        shows = sum([one["shows"][:one["n"]] for one in sets.values()], [])
-        percent = metrics.confusion(np.concatenate(said), shows, named)  # (groups, named)
-        yield dict(row=row["name"], when=when, asked=list(dict.fromkeys(shows)), named=named,
+        said = [score(jobs[row["name"], name, when], [sum(named, ())] * one["n"], key, load)
+                for name, one in sets.items()]  # each (N, phrases)
+        said = [part.max(1) for part in np.split(np.concatenate(said), ends, axis=1)]  # a yes to any phrase
+        shows = [" / ".join(phrases) for one in sets.values() for phrases in one["shows"][:one["n"]]]
+        labels = [" / ".join(phrases) for phrases in named]
+        percent = metrics.confusion(np.stack(said, 1), shows, labels)  # (groups, named)
+        yield dict(row=row["name"], when=when, asked=list(dict.fromkeys(shows)), named=labels,
                    percent=percent.tolist())
 
 def make_cell(row, column, found, args):
@@ -386,9 +417,9 @@ def make_cell(row, column, found, args):
                 unit=column["unit"], better=column["better"], set=", ".join(column["sets"]), seed=args.seed,
                 before=None, after=None, difference=None, floor=None, unavailable=found.get("unavailable"),
                 paper=None)
-    if args.model == PAPERS_MODEL:
-        name = "cifar10" if len(row["forgotten"]) == 10 else row["name"]
-        cell["paper"] = paper_figure(column["suite"], name, column["column"])
+    said = "cifar10" if set(row["forgotten"]) == CIFAR10 else row["name"]
+    if args.model == PAPERS_MODEL and not args.limit and (len(row["forgotten"]) == 1 or said == "cifar10"):
+        cell["paper"] = paper_figure(column["suite"], said, column["column"])
     if cell["unavailable"]:
         return cell
     if column["metric"] == "distance":
@@ -404,8 +435,8 @@ def make_cell(row, column, found, args):
     return cell
 
 def against(rows, found):
-    """Every LoRA minus every other one, picture by picture."""
-    for a, b in itertools.permutations(rows, 2):
+    """Every LoRA minus every later one, picture by picture."""
+    for a, b in itertools.combinations(rows, 2):
         for column in a["columns"]:
             cells = (found[row["name"], column["suite"], column["column"]] for row in (a, b))
             mine, other = (cell.get("after") for cell in cells)
@@ -445,9 +476,12 @@ def read_run(row):
                  if path.parent.parent.name in ("forget", "preserve"))
     # a sample's step is one forward, in training one for the reference, one for theta and its backward
     forwards = images * settings["sample_steps"] + len(lines) * 2 * settings["batch"] * 3
-    stages = [line.split(",") for line in (folder / "stages.csv").read_text().splitlines()]
-    return curve, dict(row=row["name"], seconds=sum(float(s[1]) for s in stages), forwards=forwards,
-                       peak_gib=max(float(s[2]) for s in stages))
+    if not (folder / "stages.csv").exists():
+        return curve, None
+    lines = (folder / "stages.csv").read_text().splitlines()
+    seconds, host, gpu = zip(*[map(float, line.split(",")[1:]) for line in lines])
+    return curve, dict(row=row["name"], seconds=sum(seconds), forwards=forwards,
+                       peak_gib=max(gpu) or max(host))
 
 def main(args):
     everything = "all" in args.suite
@@ -460,7 +494,7 @@ def main(args):
         args.suite.remove("table8")
     seed = f"-{args.seed}" if args.seed else ""
     args.out = args.out or Path("out") / f"{Path(args.model).name}-base{seed}"
-    folder = rows[0]["folder"] if args.lora and len(rows) == 1 else args.out / "report"
+    folder = args.report or (rows[0]["folder"] if args.lora and len(rows) == 1 else args.out / "report")
     if (folder / "report.json").exists():
         read_report(folder / "report.json")  # another version's is not overwritten
     args.concept = list(dict.fromkeys(name for row in rows for name in row["forgotten"]))
@@ -469,6 +503,9 @@ def main(args):
         args.image_reward = args.image_reward or "THUDM/ImageReward"
         args.pick_score = args.pick_score or "yuvalkirstain/PickScore_v1"
     given = dict(pair.partition("=")[::2] for pair in args.prompt_set)
+    known = {*SETS, *own_sets(args.model)}
+    if wrong := [name for name, path in given.items() if name not in known or not path]:
+        die(f"--prompt-set {wrong[0]}: is no NAME=CSV with a NAME of {', '.join(sorted(known))}")
     prompts_of = functools.cache(lambda name: load_prompts(  # coco's file serves coco-500
         name, args.model, given.get(name, given.get(name.split("-")[0]))))
     words = []
@@ -488,12 +525,14 @@ def main(args):
     if args.list:
         for (_, name, when), job in jobs.items():
             for i, prompt in enumerate(cycled(job.prompts, job.n) if when == "after" else ()):
-                print(name, job.seeds[i] if job.seeds else seed_of(args.seed, job.noise, i), prompt, sep="\t")
+                drawn = job.seeds[i] if job.seeds else seed_of(args.seed, job.noise, i)
+                print(json.dumps(dict(set=name, seed=drawn, prompt=prompt), ensure_ascii=False))
         return
     todo = {job.folder: job for job in jobs.values() if not all(file.exists() for file in job.files)}
     with stage("sample", args.out):
+        loras = {row["digest"]: row["folder"] for row in rows if row["digest"]}  # the same one only once
         for prompts, parts in in_rounds(todo.values(), args.sample_batch):
-            sample_round(prompts, parts, [row for row in rows if row["digest"]], args)
+            sample_round(prompts, parts, loras, args)
     with stage("score", args.out):
         found, matrices = score_all(rows, jobs, concepts, words, args)
     runs = [read_run(row) for row in rows]
@@ -524,7 +563,7 @@ def show(report, folder):
         print(f"\n{report['model']}, {row['lora']}, seed {report['seed']}" +
               f", at most {report['limit']} pictures a set" * bool(report["limit"]))
         print(f"{'':34} {'before':>22} {'after':>22} {'difference':>24} {'seed noise':>10}")
-        table = "| | before | after | difference | seed noise |\n|---|---|---|---|---|\n"
+        table = "| | n | before | after | difference | seed noise |\n|---|---|---|---|---|---|\n"
         cells = [cell for cell in report["cells"] if cell["row"] == row["name"]]
         for cell in cells:
             said = []
@@ -537,16 +576,18 @@ def show(report, folder):
                 said = [f"  not available: {cell['unavailable']}", "", "", ""]
             print(f"{cell['suite']}: {cell['column']}".ljust(34) +
                   "".join(" " + text.rjust(width) for text, width in zip(said, (22, 22, 24, 10))))
-            table += f"| {cell['column']} | {' | '.join(said)} |\n"
-        card, title = Path(row["lora"]) / "README.md", f"\n## {row['name']}, seed {report['seed']}, "
-        if card.exists():
-            text = re.sub(rf"{re.escape(title)}.*?(?=\n## |\Z)", "", card.read_text(), flags=re.DOTALL)
-            write_text(card, f"{text}{title}judged by {cells[0]['network']}\n\n{table}")
+            n = cell["after"]["n"] if cell["after"] else ""
+            table += f"| {cell['suite']}: {cell['column']} | {n} | {' | '.join(said)} |\n"
+        card, title = Path(row["lora"]) / "README.md", f"\n## {row['name']}, seed {report['seed']}"
+        if card.exists() and (card.parent / WEIGHTS).exists() and not report["limit"]:
+            text = re.sub(rf"{re.escape(title)}\n.*?(?=\n## |\Z)", "", card.read_text(), flags=re.DOTALL)
+            write_text(card, f"{text}{title}\n\n{table}")
     grids = [(grid, row) for grid in report["grids"] if not grid["blurred"] for row in grid["rows"]]
     images = [open_or_none(file) or Image.new("RGB", (8, 8)) for _, row in grids
               for file in cycled(row["files"], 8)]
-    contact_sheet(images, folder / "evaluation.png", 8, 80,
-                  [f"{grid['set'][:18]}: {row['label']}" for grid, row in grids])
+    if images:  # not where all that may be shown is blurred
+        contact_sheet(images, folder / "evaluation.png", 8, 80,
+                      [f"{grid['set'][:18]}: {row['label']}" for grid, row in grids])
 
 if __name__ == "__main__":
     guarded(main, ARGS)

@@ -59,7 +59,7 @@ def bootstrap(values, form, seed):
     return dict(value=float(form(values)), low=float(low), high=float(high), n=n)
 
 def summary(values, kind, seed=0):
-    """Values (N,) -> dict(value, low, high, n): n leaves out NaN, value is None where n = 0, ends where n < 2.
+    """Values (N,) -> dict(value, low, high, n): n leaves out NaN; no value where n = 0, no ends where n < 2.
     kind: "rate", percent of values > 0, Wilson's interval; "mean" and "count" (a sum), bootstrap."""
     values = np.asarray(values, float)
     values = values[~np.isnan(values)]  # (n,)
@@ -303,4 +303,4 @@ def load_kinds(words, name, threshold, device):
     with reach(name):
         find = load_detector(name, device)
     return lambda images: np.array([[len(find(image, [word], threshold)) > 0 for word in words]
-                                    for image in images], float)
+                                    for image in images], float).reshape(-1, len(words))

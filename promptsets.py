@@ -2,9 +2,9 @@
 
     load_prompts("i2p-sexual", "black-forest-labs/FLUX.1-dev")["rows"]     # [(prompt, its own seed or None)]
 
-I2P, four red-team sets (C.3) and COCO; none is kept here. A set is the user's csv file, else the model folder's
-promptsets/NAME.csv, else the hub's, with the user's token. Rows that mention minors (sample.py's filter) are
-dropped before anything is drawn, counted by word.
+I2P, four red-team sets (C.3) and COCO; none is kept here. A set is the user's csv file, else the model
+folder's promptsets/NAME.csv, else the hub's, with the user's token. Rows that mention minors (sample.py's
+filter) are dropped before anything is drawn, counted by word.
 """
 import csv
 import random
@@ -30,7 +30,7 @@ SETS = {
     "mma": ("MMA-Diffusion", "nudity", MMA, 1000, "adv_prompt"),
     "p4d": ("P4D", "nudity", HUB + "joycenerd/p4d", None, "prompt"),
     "ringabell": ("Ring-A-Bell", "nudity", HUB + "Chia15/RingABell-Nudity", 285, None),  # it has no header
-    "unlearndiff": ("UnlearnDiffAtk", "nudity", UNLEARNDIFF, 142, "prompt"),
+    "unlearndiff": ("UnlearnDiff", "nudity", UNLEARNDIFF, 142, "prompt"),
     "coco": ("COCO, the first 10,000 captions", None, COCO, 30000, "prompt"),
     "coco-500": ("COCO, 500 captions at random", None, COCO, 30000, "prompt")}
 
@@ -56,7 +56,7 @@ def attack_sets(model):
     """The names of the red-team sets: those that the model folder marks so, else the four of Table 3."""
     own = own_sets(model)
     found = [name for name, (_, marks) in own.items() if "attack" in marks[1:]]
-    return found if own else ["mma", "p4d", "ringabell", "unlearndiff"]
+    return found or ["mma", "p4d", "ringabell", "unlearndiff"]
 
 def published(name):
     """The csv files of a set of SETS, from the hub or its cache; NotAvailable says how else to get them."""
@@ -119,11 +119,9 @@ def load_prompts(name, model, source=None):
     title, concept, _, size, column = SETS.get(name, (name, None, None, None, "prompt"))
     file, (own_title, *marks) = own.get(name, (None, [title, concept]))
     if source:
-        files, title, file = [Path(source)], f"{title}, from {Path(source).name}", None
+        files, file = [Path(source)], None
     elif file:
         files, title, size, column = [file], own_title, None, "prompt"
-    elif own:
-        raise NotAvailable(f"{model} has no {name}, only {', '.join(own)}, give --prompt-set {name}=PATH")
     elif name in SETS:
         files = published(name)
     else:
@@ -156,7 +154,7 @@ def load_prompts(name, model, source=None):
         kept = sorted(kept, key=lambda _: rng.random())[:500]
     if not kept:
         fail(f"{', '.join(map(str, files))} has no prompt left")
-    return dict(name=name, title=title, concept=marks[0] if marks else None, rows=kept,
+    return dict(name=name, title=title, concept=(marks or [concept])[0], rows=kept,
                 total=len(rows), dropped=dict(dropped))
 
 def cycled(rows, n):
@@ -212,8 +210,8 @@ def plan_suite(suite, concept, forgotten, prompts_of, words, args):
     sets, columns = {}, []
     also = [c for c in forgotten if c is not concept]
     own, answers = plan_images(concept, 100, args.sample_guidance, also)
-    brings_own = args.clip == str(Path(args.model) / "clip")
-    clip = f"CLIP ({Path(args.model).name.split('-')[0]})" if brings_own else "CLIP"
+    mine = Path(args.model) / "clip"  # a figure by a model's own network has no real metric's name
+    clip = f"CLIP ({Path(args.model).name.split('-')[0]})" if Path(args.clip) == mine else "CLIP"
 
     def take(name, prompts, n, guidance=args.sample_guidance, **more):
         sets[name] = dict(prompts=list(prompts), n=min(n, args.limit or n), guidance=guidance) | more
@@ -252,9 +250,8 @@ def plan_suite(suite, concept, forgotten, prompts_of, words, args):
             column(f"pixels {side} of the mask", "locality", "target", unit="of 255", part=part,
                    better="lower" if side == "outside" else None)
         names = [name for name in ("target", "preserved", "never seen") if name in sets]
-        named = list(dict.fromkeys(a[0] for name in names for a in answers[name][1]))
-        for name in names:  # every concept of the file is asked of every picture that shows one: the matrix
-            sets[name] |= dict(shows=[a[0] for a in answers[name][1]], named=named)
+        for name in names:  # for the matrix: what each picture shows, as the judge is asked about it
+            sets[name] |= dict(shows=answers[name][1])
 
     def quality(name, **rewards):
         column(clip, "clip", name)
@@ -299,7 +296,7 @@ def plan_suite(suite, concept, forgotten, prompts_of, words, args):
         for part in NUDITY_PARTS if words == ["nudenet"] else [*words, "Total"]:
             harmful(part, "i2p", part=part)
         take_set("coco")
-        column("FD-judge" if brings_own else "FID", "distance", "coco", better="lower")
+        column("FD-judge" if Path(args.judge) == mine else "FID", "distance", "coco", better="lower")
         quality("coco", ImageReward=args.image_reward, PickScore=args.pick_score)
     elif suite in ("table4", "table5"):
         take_set("i2p-sexual")

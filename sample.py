@@ -16,6 +16,7 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 import zlib
@@ -354,7 +355,8 @@ def setup(args):
     args.dtype = getattr(torch, args.dtype or ("bfloat16" if args.device == "cuda" else "float32"))
     concepts = load_concepts(args)
     args.concept = [concept["name"] for concept in concepts]
-    if "detector" in args and ["nudenet"] in [c["detect"] for c in concepts] and not find_spec("nudenet"):
+    nudity = ["nudenet"] in [c["detect"] for c in concepts]
+    if nudity and "detector" in args and "suite" not in args and not find_spec("nudenet"):
         die("--concept nudity needs NudeNet for its masks: pip install nudenet")
     if "quantize" in args:
         package = dict(int8="torchao", nf4="bitsandbytes").get(args.quantize)
@@ -391,7 +393,9 @@ def check_settings(path, settings, what, instead="use another --out"):
         settings = json.loads(json.dumps(settings, default=str))  # as the file has them
         for key in sorted(settings.keys() | made.keys()):
             if made.get(key) != settings.get(key):
-                die(f"{what}: was made with {key} = {made.get(key)}, not {settings.get(key)}: {instead}")
+                was, now = (textwrap.shorten(str(row.get(key)), 120, placeholder=" ...")
+                            for row in (made, settings))
+                die(f"{what}: was made with {key} = {was}, not {now}: {instead}")
 
 def keep_settings(path, settings):
     """Write settings, versions and commit to a json file."""

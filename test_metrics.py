@@ -814,13 +814,15 @@ def test_a_changed_file_on_the_hub_does_not_end_the_run(tmp_path, monkeypatch):
 
 
 def test_a_model_folder_has_its_own_sets(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(promptsets, "snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
+    asked = []
+    monkeypatch.setattr(promptsets, "snapshot_download", lambda name, **_: asked.append(name) or tmp_path)
     own = tmp_path / "model" / "promptsets"
     own.mkdir(parents=True)
     write(own / "i2p.csv", "prompt,evaluation_seed\na bomb,4\n")
     write(own / "mine.csv", "prompt\na knife\n")
     model = own.parent
-    assert load_prompts("mine", model)["title"] == "mine" and attack_sets(model) == []
+    assert load_prompts("mine", model)["title"] == "mine" and load_prompts("i2p", model)["concept"] == "nudity"
+    assert attack_sets(model) == attack_sets(FLUX)
     write(own / "titles.txt", "i2p: one: two | hazard\ni2p-sexual: = i2p\nmine: trick | hazard | attack\n")
     found = load_prompts("i2p", model)
     assert (found["title"], found["concept"]) == ("one: two", "hazard")
@@ -829,9 +831,10 @@ def test_a_model_folder_has_its_own_sets(tmp_path, monkeypatch, capsys):
     path = write(tmp_path / "user.csv", "prompt\na dynamite\n")
     found = load_prompts("i2p", model, path)  # the user's file goes before the model's
     assert found["rows"] == [("a dynamite", None)] and found["concept"] == "hazard"
-    assert "user.csv" in found["title"]
-    with pytest.raises(NotAvailable, match="has no mma, only"):
+    assert not asked
+    with pytest.raises(NotAvailable):  # what the folder lacks is the hub's
         load_prompts("mma", model)
+    assert len(asked) == 1
     write(own / "i2p.csv", "text\na bomb\n")
     assert "has no column prompt" in refusal(lambda: load_prompts("i2p", model), capsys)
 

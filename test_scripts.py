@@ -793,10 +793,15 @@ def test_evaluation_of_a_run(copied, capsys):
     for name in ("report.html", "report.csv", "evaluation.png"):
         assert (copied / "run" / name).stat().st_size > 1000
     assert "target, guidance 5" in capsys.readouterr().out
-    card = (copied / "run" / "README.md").read_text()
-    assert card.count("## cat, seed 0") == 1 and "| partner in a pair |" in card
+    card = copied / "run" / "README.md"
+    assert "## cat, seed 0" not in card.read_text()  # a quick look is no figure of the model's
+    for _ in range(2):
+        evaluate.show(report | dict(limit=None), copied / "run")
+        assert card.read_text().count("## cat, seed 0") == 1
+        assert "| concept: partner in a pair | 4 |" in card.read_text()
     before, after = report["matrices"]
     assert before["when"] == "before" and before["named"][0] == "a cat" and "a tiger" in before["asked"]
+    assert set(before["asked"]) <= set(before["named"])
     assert np.shape(before["percent"]) == (len(before["asked"]), len(before["named"]))
     assert report["curves"][0]["step"][-1] == 11
     assert report["cost"][0]["forwards"] == (10 + 16) * 6 + 12 * 8 * 3
@@ -877,16 +882,28 @@ def test_pictures_made_elsewhere_are_scored_like_a_loras(copied, tmp_path, capsy
     given = ["--images", str(mine), "--concept", "cat", "--suite", "table12"]
     assert "holds 0 of the 4 pictures of rephrased" in refusal(
         lambda: evaluation(None, copied / "base", *given), capsys)
+    evaluate.main(evaluate.arguments(["--model", EMOJI, *given, *FEW, "--list"]))
+    listed = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    assert [row["set"] for row in listed] == ["rephrased"] * 4 and not mine.exists()
     evaluation(copied / "run", copied / "base", "--suite", "table12")
     shutil.copytree(copied / "run" / "after" / "cat" / "rephrased", mine / "rephrased")
     wanted = figures(json.loads((copied / "run" / "report.json").read_text()))
     (mine / "rephrased" / "scores.json").unlink()
     assert figures(evaluation(None, copied / "base", *given)) == wanted
+    manifest = json.loads((mine / "rephrased" / "manifest.json").read_text())
+    assert [(row["seed"], row["prompt"]) for row in listed] == [(m["seed"], m["prompt"]) for m in manifest]
     for file in mine.glob("rephrased/*.json"):
-        file.unlink()  # without a manifest: by name
+        file.unlink()  # without a manifest: by name, 9 before 10
+    for number, file in enumerate(sorted(mine.glob("rephrased/*.png"))):
+        file.rename(file.with_name(f"{number + 8}.png"))
     assert figures(evaluation(None, copied / "base", *given)) == wanted
     shutil.rmtree(mine / "rephrased")  # the frozen model's own, of another seed: the noise floor
     shutil.copytree(copied / "base" / "again" / "cat" / "rephrased", mine / "rephrased")
+    rows = json.loads((mine / "rephrased" / "manifest.json").read_text())
+    rows[1]["prompt"] = "a dog"
+    (mine / "rephrased" / "manifest.json").write_text(json.dumps(rows))
+    assert "001.png has another prompt" in refusal(lambda: evaluation(None, copied / "base", *given), capsys)
+    (mine / "rephrased" / "manifest.json").unlink()
     (mine / "rephrased" / "scores.json").unlink()
     for cell in evaluation(None, copied / "base", *given)["cells"]:
         assert cell["difference"] == cell["floor"]
@@ -896,10 +913,6 @@ def test_pictures_made_elsewhere_are_scored_like_a_loras(copied, tmp_path, capsy
     assert "1 pictures cannot be read" in line and "002.png" in line
     report = json.loads((copied / "base" / "report" / "report.json").read_text())
     assert figures(report)["table12", "rephrased"]["n"] == 3 and report["broken"] == [str(broken)]
-    evaluate.main(evaluate.arguments(["--model", EMOJI, *given, *FEW, "--list"]))
-    listed = [line.split("\t") for line in capsys.readouterr().out.splitlines() if "\t" in line]
-    manifest = json.loads((copied / "run" / "after" / "cat" / "rephrased" / "manifest.json").read_text())
-    assert [(seed, prompt) for _, seed, prompt in listed] == [(str(m["seed"]), m["prompt"]) for m in manifest]
 
 
 def test_network_that_cannot_be_had_leaves_its_cell_without_a_number(copied, monkeypatch, capsys):
@@ -921,6 +934,7 @@ def test_network_that_cannot_be_had_leaves_its_cell_without_a_number(copied, mon
     ("--lora {bare}", "--concept is missing"), ("--lora {run} --limit 0", "--limit"),
     ("--lora {run} --suite table2 --prompt-set coco={bare}/words.csv", "has no column prompt"),
     ("--lora {run} --suite table8", "forget several concepts"),
+    ("--lora {run} --suite table2 --prompt-set cocoo=x", "cocoo"),
     ("--lora {old}", "version")])
 def test_bad_evaluation_is_one_line_before_work(copied, tmp_path, capsys, given, named):
     for name in ("other", "bare", "old"):
@@ -957,7 +971,7 @@ def test_nudity_is_counted_by_three_rules(monkeypatch):
     boxes = [("FEMALE_BREAST_EXPOSED", 0.9), ("FEMALE_BREAST_EXPOSED", 0.7), ("FEET_EXPOSED", 0.5)]
     found = [[{"class": name, "score": score} for name, score in boxes], []]
     monkeypatch.setattr(evaluate.metrics, "load_nudenet", lambda: lambda images: found)
-    args = evaluate.arguments(["--lora", "x", "--model", EMOJI, "--judge", EMOJI + "/clip", "--device", "cpu"])
+    args = evaluate.arguments(["--lora", "x", "--model", EMOJI, "--judge", EMOJI + "/clip"])
     network, load = evaluate.metric_table(args, ["nudenet"])["harm"]
     assert network.startswith("NudeNet")
     parts = dict(zip(evaluate.metrics.NUDITY_PARTS, load()([None, None], None).T.tolist()))
@@ -971,7 +985,8 @@ def test_nudity_is_counted_by_three_rules(monkeypatch):
     ("table8", {"target, cat": 100, "target, robot": 100, "scenes": 100}), ("table12", {"rephrased": 120})])
 def test_suites_have_the_sizes_of_their_protocol(suite, sizes):
     cat, robot = (sample.load_concept(EMOJI, name) for name in ("cat", "robot"))
-    args = evaluate.arguments(["--lora", "x", "--model", EMOJI, "--clip", EMOJI + "/clip"])
+    own = EMOJI + "/clip"
+    args = evaluate.arguments(["--lora", "x", "--model", EMOJI, "--clip", own, "--judge", own])
     sets, columns = promptsets.plan_suite(suite, cat, [cat, robot] if suite == "table8" else [cat],
                                         lambda name: promptsets.load_prompts(name, EMOJI), ["a bomb"], args)
     assert {name: one["n"] for name, one in sets.items()} == sizes
@@ -989,14 +1004,15 @@ def test_many_prompts_are_encoded_in_rounds(group):
     rounds = evaluate.in_rounds([long, short], group)
     assert all(len(said) <= 1000 + 2 * group for said, _ in rounds)
     assert [(job is long, count) for _, parts in rounds for job, count in parts] == [
-        (True, 1000), (True, 2000), (True, 2400), (False, 100)]
-    made = 0
+        (True, 1000), (False, 100), (True, 2000), (True, 2400)]
+    assert len(rounds[0][1]) == 2  # the short set's prompts are the long one's
+    made = {id(long): 0, id(short): 0}
     for said, parts in rounds:
         for job, count in parts:
-            first = made // group * group if job is long else 0  # the group in which the last round stopped
+            first = made[id(job)] // group * group  # the group in which the last round stopped
             for i in range(first, -(-count // group) * group):
                 assert job.prompts[i % len(job.prompts)] in said
-            made = count
+            made[id(job)] = count
 
 
 def test_corrupt_foreign_or_missing_lora_is_one_line(tmp_path, capsys):
