@@ -1059,7 +1059,7 @@ def test_readme_holds_the_map_and_commands_that_exist():
     assert printed and printed in text
     for script, rest in re.findall(r"python (\w+)\.py (--[^\n#`]*)", text):
         module = dict(train=train, sample=sample, mask=mask, evaluate=evaluate, bench=bench)[script]
-        module.arguments(shlex.split(rest.split(";")[0].replace("$tau", "0.5")))
+        module.arguments(shlex.split(rest.split(";")[0].replace("$tau", "0.5").replace('"$@"', "")))
 
 
 if __name__ == "__main__":  # all moments, some ten minutes; pytest keeps three
