@@ -414,7 +414,7 @@ def make_cell(row, column, found, args):
     """One figure of the report; report.py says what is in it."""
     kind, before, after, again = column["kind"], *(found.get(when) for when in ("before", "after", "again"))
     cell = dict(suite=column["suite"], row=row["name"], column=column["column"], network=found["network"],
-                unit=column["unit"], better=column["better"], set=", ".join(column["sets"]), seed=args.seed,
+                unit=column["unit"], better=column["better"], set=" + ".join(column["sets"]), seed=args.seed,
                 before=None, after=None, difference=None, floor=None, unavailable=found.get("unavailable"),
                 paper=None)
     said = "cifar10" if set(row["forgotten"]) == CIFAR10 else row["name"]
