@@ -621,7 +621,7 @@ def test_schnell_has_no_guidance_and_goes_through_the_same_code(tmp_path):
     assert load_file(out / WEIGHTS)
 
 
-def test_several_concepts_take_turns_and_are_never_preserved(tmp_path):
+def test_several_concepts_take_turns_and_are_never_preserved(tmp_path, capsys):
     out = drawn_cats(tmp_path / "both")
     (out / "forget" / "tiger").mkdir()
     for i in range(10):
@@ -639,8 +639,10 @@ def test_several_concepts_take_turns_and_are_never_preserved(tmp_path):
     assert args.steps == 700 and [(row["eta"], row["gamma"]) for row in rows] == [(1.0, 2.0), (3.0, 2.0)]
     groups = train.picture_groups([sample.load_concept(EMOJI, name) for name in ("cat", "tiger")])
     assert groups["together"] == ["a cat and a tiger"] and "a tiger" not in groups["neighbours"]
-    evaluation(out, tmp_path, "--concept", "tiger")
-    assert (out / "evaluation-tiger.json").exists() and "## tiger" in (out / "README.md").read_text()
+    found = figures(evaluation(out, tmp_path / "base", "--suite", "table8"))
+    assert found["table8", "ACC"]["n"] == 8 and found["table8", "ACC, tiger"]["n"] == 4
+    assert (tmp_path / "base" / "before" / "cat+tiger" / "target, tiger" / "003.png").exists()
+    assert "give one of them" in refusal(lambda: evaluation(out, tmp_path / "base"), capsys)
 
 
 def test_your_own_pictures_without_a_prompt_file(tmp_path):
