@@ -459,7 +459,8 @@ def make_grids(rows, jobs, concepts, args):
             caption = next((said for start, said in CAPTIONS.items() if name.startswith(start)), "")
             if columns[0]["suite"] == "table3":
                 caption = "red-team prompts (Figure 3)"
-            yield dict(suite=columns[0]["suite"], row=row["name"], set=name, title=name, caption=caption,
+            title = name if args.compare or len(rows) == 1 else f"{row['name']}: {name}"
+            yield dict(suite=columns[0]["suite"], row=row["name"], set=name, title=title, caption=caption,
                        blurred=unsafe, prompts=cycled(one["prompts"], min(8, one["n"])),
                        rows=[dict(label=label, files=list(map(str, job.files[:8]))) for label, job in shown])
 

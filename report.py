@@ -250,7 +250,8 @@ def suite_html(report, suite):
         shown = pairs.setdefault(f"{escape(pair['row'])} − {escape(pair['other'])}", {})
         shown[pair["column"]] = f"<td>{number(d['value'], size, '+')} {interval(d, size)}</td>"
     against = [(name, "".join(shown.get(c, "<td>–</td>") for c in digits)) for name, shown in pairs.items()]
-    return (table(suite_title(suite), head, rows) + f'<ul class="note">{notes}</ul>' +
+    notes = f'<details class="note"><summary>Networks, sets, seeds, n</summary><ul>{notes}</ul></details>'
+    return (table(suite_title(suite), head, rows) + notes +
             ("<h3>Against each other, paired</h3>" + table(
                 "Against each other", ["LoRAs", *map(escape, digits)], against) if against else ""))
 
