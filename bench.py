@@ -33,6 +33,7 @@ def arguments(given=None):
 ARGS = arguments() if __name__ == "__main__" else None  # before the slow imports: --help answers at once
 
 import ctypes  # noqa: E402
+import functools  # noqa: E402
 import gc  # noqa: E402
 import shutil  # noqa: E402
 import time  # noqa: E402
@@ -143,6 +144,14 @@ def call(method, *shape, dtype=None):
             return getattr(network, method)(given)
     return work
 
+@functools.cache
+def masks_bytes():
+    """Of SAM's ViT-H, the largest network of that stage, whatever the model."""
+    with torch.device("meta"):
+        sam = sam_model_registry["vit_h"]().requires_grad_(False)
+    seen = watch(sam, call("image_encoder", 1, 3, 1024, 1024), torch.float32)[0]
+    return 4 * sum(p.numel() for p in sam.parameters()) + seen
+
 def plan(args, texts=None, states=3.5):
     """-> {stage: {how: bytes}}, {unit of work: FLOP}, (LoRA's modules, tensors, parameters), all parameters.
 
@@ -181,9 +190,6 @@ def plan(args, texts=None, states=3.5):
     given = watch(flux(checkpointing=True), predict(B, tokens, texts, False), dtype)[1]
     within = max(watch(flux(num_layers=k, num_single_layers=1 - k), predict(B, tokens, texts, True), dtype)[0]
                  for k in (0, 1))
-    with torch.device("meta"):
-        sam = sam_model_registry["vit_h"]().requires_grad_(False)
-    masks = watch(sam, call("image_encoder", 1, 3, 1024, 1024), torch.float32)[0]
     whole, block, layer = (n * dtype.itemsize for n in (numel["transformer"], max(blocks), max(linears)))
     found = {name: {} for name in ("prompts", "sample", "masks", "latents", "train", "train --checkpointing")}
     for how in (*WEIGHT_BYTES, "offload"):
@@ -194,12 +200,37 @@ def plan(args, texts=None, states=3.5):
         vae_bytes, optimizer = numel["vae"] * dtype.itemsize, 4 * sum(lora) * (2 + states)
         found["prompts"][how] = (numel["text_encoder"] + numel["text_encoder_2"]) * dtype.itemsize + text
         found["sample"][how] = resident + vae_bytes + max(decoded, drawn + used)
-        found["masks"][how] = 4 * sum(p.numel() for p in sam.parameters()) + masks
+        found["masks"][how] = masks_bytes()
         found["latents"][how] = vae_bytes + encoded
         found["train"][how] = resident + optimizer + plain + max(used, kept * whole)
         found["train --checkpointing"][how] = resident + optimizer + given + within + max(used, kept * block)
     work = dict(forward=flop / args.sample_batch, decode=decode_flop / args.sample_batch, encode=encode_flop)
     return found, work, (len(lora) // 2, len(lora), sum(lora)), sum(numel.values())
+
+def savings(args):
+    """What a script's flags need by the plan, and what each further flag would make of it, in one line."""
+    def peaks(batch, drawn):  # only sample and train: no flag but --device makes the others smaller
+        return plan(argparse.Namespace(model=args.model, size=args.size, dtype=str(args.dtype)[6:],
+                                       batch=batch, sample_batch=drawn))[0]
+
+    trains, how = "batch" in args, "offload" if args.offload else args.quantize
+    batch = args.batch // args.accumulate if trains else 1
+    asked, least = peaks(batch, args.sample_batch), peaks(1, 1)
+    stages = dict(sample=asked["sample"])
+    if trains:
+        step = "train --checkpointing" if args.checkpointing else "train"
+        stages["train"] = asked[step]
+    now = {name: row[how] for name, row in stages.items()}
+    others = {f"--quantize {q}": {name: row[q] for name, row in stages.items()} for q in ("int8", "nf4")}
+    others["--offload"] = {name: row["offload"] for name, row in stages.items()}
+    others["--sample-batch 1"] = now | dict(sample=least["sample"][how])
+    if trains:
+        others["--checkpointing"] = now | dict(train=asked["train --checkpointing"][how])
+        others[f"--accumulate {args.batch}"] = now | dict(train=least[step][how])
+    said = [f"{flag} {name} {found[name] / GIB:.3g}" for flag, found in others.items()
+            for name in now if found[name] < 0.99 * now[name]]
+    return (f"planned, GiB: {', '.join(f'{name} {n_bytes / GIB:.3g}' for name, n_bytes in now.items())}; with " +
+            (", ".join(said) or "no further flag less"))
 
 def text_length(model):
     """T5's length in tokens."""

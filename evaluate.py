@@ -20,13 +20,14 @@ import re
 import shlex
 import sys
 import zlib
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
-from sample import die, drawing_flags, mask_flags, model_flags, number
+from sample import TASKS, die, drawing_flags, mask_flags, model_flags, number
 
 SUITES = "concept table1 table2 table3 table4 table5 table7 table8 table12".split()
 ABOUT_A_CONCEPT = {"concept", "table1", "table7", "table12"}  # the others ask the same of every LoRA
-HARM = {"table2", "table3", "table4", "table5"}
 ROUND = 1000  # prompts that are encoded at once
 CIFAR10 = set("airplane automobile bird cat deer dog frog horse ship truck".split())
 PAPERS_MODEL = "black-forest-labs/FLUX.1-dev"
@@ -44,6 +45,8 @@ def arguments(given=None):
     parser = argparse.ArgumentParser(description=__doc__)
     model_flags(parser, needs_concept=False, out="the frozen model's pictures, for all LoRAs "
                                                  "(default out/MODEL-base, with -SEED where it is not 0)")
+    parser.add_argument("--task", choices=TASKS, help="of a --concept that has no prompt file: for Tables 2 to "
+                        "5, which ask nothing about it")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--lora", type=Path, nargs="+", metavar="DIR",
                       help="train.py's --out; several make one report, a row each; where a LoRA forgets "
@@ -81,9 +84,9 @@ from PIL import Image  # noqa: E402
 
 import metrics  # noqa: E402
 from mask import find_masks  # noqa: E402
-from promptsets import SETS, cycled, load_prompts, own_sets, plan_suite  # noqa: E402
+from promptsets import HARM, SETS, cycled, load_prompts, own_sets, plan_suite  # noqa: E402
 from report import VERSION, paper_figure, read_report, write_report  # noqa: E402
-from sample import (check_set, contact_sheet, encode_prompts, fingerprint, guarded,  # noqa: E402
+from sample import (check_set, contact_sheet, encode_prompts, ending, fingerprint, guarded,  # noqa: E402
                     load_concept, load_denoiser, place, read_settings, sample_set, seed_of,
                     setup, stage, write_text)
 
@@ -102,8 +105,12 @@ def network_id(name):
 
 def finder(words, args):
     """What finds the words in a picture, with all that its answer depends on."""
-    name = "NudeNet" if words == ["nudenet"] else network_id(args.detector)
+    name = nudenet_id() if words == ["nudenet"] else network_id(args.detector)
     return f"{name}, {', '.join(words)} at {args.threshold}"
+
+def nudenet_id():
+    """NudeNet's name with its version: its weights are part of the package."""
+    return "NudeNet" + (f" {version('nudenet')}" if find_spec("nudenet") else "")
 
 def metric_table(args, words):
     """{metric: (its network's name, load() -> compute(images, what is asked) -> (N, parts), or features)}."""
@@ -141,7 +148,7 @@ def metric_table(args, words):
                 clip=scorer(args.clip, metrics.load_clip_score), distance=features,
                 ImageReward=scorer(args.image_reward, metrics.load_image_reward),
                 PickScore=scorer(args.pick_score, metrics.load_pick_score),
-                harm=("NudeNet 320n", nudity) if words == ["nudenet"] else (finder(words, args), kinds),
+                harm=(f"{nudenet_id()}, 320 px", nudity) if words == ["nudenet"] else (finder(words, args), kinds),
                 locality=(None, None))
 
 def read_rows(args):
@@ -204,7 +211,7 @@ def own_files(folder, one, name, alone):
 def plan_jobs(rows, args):
     """{(row, set, when): Namespace of what sample_set takes, its files, and home, where scores are kept}.
     Pictures that other settings have made are refused."""
-    jobs, seed = {}, f"-{args.seed}" if args.seed else ""
+    jobs = {}
     for row in rows:
         others = [name for name in row["forgotten"] if name != row["asked"]]  # of which no prompt may speak
         for name, one in row["sets"].items():
@@ -216,19 +223,19 @@ def plan_jobs(rows, args):
                 mine.seed += when == "again"
                 # the noise depends on the set, not on guidance or LoRA
                 job = argparse.Namespace(
-                    folder=(row["folder"] / f"after{seed}" if when == "after" else args.out / when) / part,
+                    folder=(row["folder"] / f"after{ending(args.seed)}" if when == "after" else args.out / when) / part,
                     noise=f"evaluate {name.split(',')[0]}", prompts=one["prompts"], n=one["n"], args=mine,
-                    seeds=one.get("seeds") if when != "again" else None,
                     lora=row if when == "after" else None, broken=[])
                 job.home, job.made_by = job.folder, dict(lora=job.lora and row["digest"])
+                if one.get("seeds") and when != "again":
+                    job.made_by["seeds"] = one["seeds"]
                 if job.lora and args.list:
                     job.files = []
                 elif job.lora and args.pictures:
                     job.home = args.out / "report" / part
                     job.files = own_files(args.pictures, one, name, len(row["sets"]) == 1)
                 else:
-                    own_seeds = dict(seeds=job.seeds) if job.seeds else {}
-                    check_set(job.folder, job.noise, job.prompts, mine, **job.made_by, **own_seeds)
+                    check_set(job.folder, job.noise, job.prompts, mine, **job.made_by)
                     job.files = [job.folder / f"{i:03}.png" for i in range(job.n)]
                 jobs[row["name"], name, when] = job
     return jobs
@@ -265,8 +272,7 @@ def sample_round(prompts, parts, loras, args):
             pipe.set_adapters(job.lora["digest"])
         elif loras:
             pipe.disable_lora()
-        sample_set(lambda: pipe, embeds, job.folder, job.noise, job.prompts, count, job.args, seeds=job.seeds,
-                   **job.made_by)
+        sample_set(lambda: pipe, embeds, job.folder, job.noise, job.prompts, count, job.args, **job.made_by)
 
 def open_or_none(file):
     """A picture as RGB; None for one that cannot be read: it is counted, and the rest goes on."""
@@ -493,12 +499,14 @@ def main(args):
         if not everything:
             die("--suite table8: is about LoRAs that forget several concepts: train.py --concept cat robot")
         args.suite.remove("table8")
-    seed = f"-{args.seed}" if args.seed else ""
-    args.out = args.out or Path("out") / f"{Path(args.model).name}-base{seed}"
+    args.out = args.out or Path("out") / f"{Path(args.model).name}-base{ending(args.seed)}"
     folder = args.report or (rows[0]["folder"] if args.lora and len(rows) == 1 else args.out / "report")
     if (folder / "report.json").exists():
         read_report(folder / "report.json")  # another version's is not overwritten
     args.concept = list(dict.fromkeys(name for row in rows for name in row["forgotten"]))
+    if args.task and (about := set(args.suite) - HARM):
+        die(f"--task {args.task}: takes the place of a prompt file in Tables 2 to 5; {', '.join(sorted(about))} "
+            f"asks about the concept: write its file (README: a concept is a file)")
     concepts = {concept["name"]: concept for concept in setup(args)}
     if not (Path(args.model) / "clip").is_dir():  # these judge photographs; a model with a judge brings none
         args.image_reward = args.image_reward or "THUDM/ImageReward"
@@ -525,8 +533,9 @@ def main(args):
     jobs = plan_jobs(rows, args)
     if args.list:
         for (_, name, when), job in jobs.items():
+            seeds = job.made_by.get("seeds")
             for i, prompt in enumerate(cycled(job.prompts, job.n) if when == "after" else ()):
-                drawn = job.seeds[i] if job.seeds else seed_of(args.seed, job.noise, i)
+                drawn = seeds[i] if seeds else seed_of(args.seed, job.noise, i)
                 print(json.dumps(dict(set=name, seed=drawn, prompt=prompt), ensure_ascii=False))
         return
     todo = {job.folder: job for job in jobs.values() if not all(file.exists() for file in job.files)}

@@ -122,7 +122,7 @@ def find_masks(images, concept, args):
     try:
         sam = load_sam(load(args.sam, map_location="cpu", weights_only=True))
     except (KeyError, ValueError, RuntimeError, UnpicklingError) as error:  # cut short, or another network's
-        die(f"--sam {args.sam}: holds no SAM ({type(error).__name__})", 1)
+        raise OSError(f"--sam {args.sam}: holds no SAM ({type(error).__name__})") from error
     predictor = SamPredictor(sam.to(args.device))  # fp32: SAM fails in bf16
     for found, image in zip(boxes, tqdm(images, desc="segment")):
         mask = np.zeros(image.size[::-1], bool)

@@ -34,6 +34,7 @@ SETS = {
     "coco": ("COCO, the first 10,000 captions", None, COCO, 30000, "prompt"),
     "coco-500": ("COCO, 500 captions at random", None, COCO, 30000, "prompt")}
 
+HARM = {"table2", "table3", "table4", "table5"}  # suites that ask the same of every LoRA, whatever it forgets
 # Table 1's three a category, whose other two are preserved (C.2), and emoji-flux's
 CATEGORIES = [names.split(", ") for names in (
     "cat, bird, airplane", "snoopy, pikachu, elon musk", "van gogh, ukiyo-e, chinese", "ghost, robot, alien",
@@ -154,7 +155,7 @@ def load_prompts(name, model, source=None):
         kept = sorted(kept, key=lambda _: rng.random())[:500]
     if not kept:
         fail(f"{', '.join(map(str, files))} has no prompt left")
-    return dict(name=name, title=title, concept=(marks or [concept])[0], rows=kept,
+    return dict(name=file.stem if file else name, title=title, concept=(marks or [concept])[0], rows=kept,
                 total=len(rows), dropped=dict(dropped))
 
 def cycled(rows, n):
@@ -209,7 +210,8 @@ def plan_suite(suite, concept, forgotten, prompts_of, words, args):
     """
     sets, columns = {}, []
     also = [c for c in forgotten if c is not concept]
-    own, answers = plan_images(concept, 100, args.sample_guidance, also)
+    own, answers = ({}, {}) if suite in HARM else plan_images(concept, 100, args.sample_guidance, also)
+    parts = NUDITY_PARTS if words == ["nudenet"] else [*words, "Total", "pictures"]
     mine = Path(args.model) / "clip"  # a figure by a model's own network has no real metric's name
     clip = f"CLIP ({Path(args.model).name.split('-')[0]})" if Path(args.clip) == mine else "CLIP"
 
@@ -221,15 +223,15 @@ def plan_suite(suite, concept, forgotten, prompts_of, words, args):
             take(name, own[name][0], 100, own[name][1])
 
     def take_set(name):
-        """-> its title"""
+        """-> its title and its own name: two names of one set mean the same pictures."""
         try:
             found = prompts_of(name)
         except NotAvailable as error:
             take(name, [], 0, unavailable=str(error), shared=True)
-            return name
+            return name, name
         prompts, seeds = zip(*found["rows"])
-        take(name, prompts, len(prompts), seeds=None if None in seeds else list(seeds), shared=True)
-        return found["title"]
+        take(found["name"], prompts, len(prompts), seeds=None if None in seeds else list(seeds), shared=True)
+        return found["title"], found["name"]
 
     def column(title, metric, *names, asked=None, kind="mean", unit="", better="higher", part=0):
         asked = asked or [sets[name]["prompts"] for name in names]  # without a question, its own prompt
@@ -241,7 +243,6 @@ def plan_suite(suite, concept, forgotten, prompts_of, words, args):
         column(title, "judge", *names, asked=asked, kind="rate", unit="%", better=better, part=None)
 
     def harmful(title, *names, part):
-        parts = NUDITY_PARTS if words == ["nudenet"] else [*words, "Total", "pictures"]
         column(title, "harm", *names, kind="count", better="lower", part=parts.index(part))
 
     def unrelated_and_locality():
@@ -287,20 +288,20 @@ def plan_suite(suite, concept, forgotten, prompts_of, words, args):
         take("rephrased", concept["paraphrases"], 120)  # 15 prompts x 8; emoji-flux: 4 x 30
         judged("rephrased", "rephrased", asked=[[concept["concept"]]])
     elif suite == "table3":
-        names = attack_sets(args.model)
-        for name in names:
-            harmful(take_set(name), name, part="pictures")
-        harmful("Total", *names, part="pictures")
+        attacks = [take_set(name) for name in attack_sets(args.model)]
+        for title, name in attacks:
+            harmful(title, name, part="pictures")
+        harmful("Total", *(name for _, name in attacks), part="pictures")
     elif suite == "table2":
-        take_set("i2p")
-        for part in NUDITY_PARTS if words == ["nudenet"] else [*words, "Total"]:
-            harmful(part, "i2p", part=part)
-        take_set("coco")
-        column("FD-judge" if Path(args.judge) == mine else "FID", "distance", "coco", better="lower")
-        quality("coco", ImageReward=args.image_reward, PickScore=args.pick_score)
+        _, i2p = take_set("i2p")
+        for part in parts:
+            harmful(part, i2p, part=part)
+        _, coco = take_set("coco")
+        column("FD-judge" if Path(args.judge) == mine else "FID", "distance", coco, better="lower")
+        quality(coco, ImageReward=args.image_reward, PickScore=args.pick_score)
     elif suite in ("table4", "table5"):
-        take_set("i2p-sexual")
-        harmful("Residuals", "i2p-sexual", part="Total")
-        take_set("coco-500")
-        quality("coco-500", ImageReward=suite == "table4" and args.image_reward)
+        _, i2p = take_set("i2p-sexual")
+        harmful("Residuals", i2p, part="Total")
+        _, coco = take_set("coco-500")
+        quality(coco, ImageReward=suite == "table4" and args.image_reward)
     return sets, columns

@@ -14,6 +14,7 @@ import logging
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import textwrap
@@ -151,14 +152,19 @@ MINORS = re.compile(
 def guarded(main, args):
     """main(args), where what goes wrong during work becomes one line that says how to go on."""
     go_on = "what is finished is kept, and the same command goes on from there"
+    # a job's time is over, or another process of accelerate launch has died
+    signal.signal(signal.SIGTERM, lambda *_: die(f"terminated; {go_on}", 143))
     try:
         main(args)
     except KeyboardInterrupt:
         die(f"interrupted; {go_on}", 130)
     except (OSError, RuntimeError, MemoryError, SafetensorError) as error:  # a full disk, say
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "not enough memory" in str(error):
-            die("out of memory; --checkpointing, --accumulate, --sample-batch 1, --quantize int8 need less: "
-                f"python bench.py --plan --model {args.model}", 1)
+            if not {"sample_batch", "quantize"} <= vars(args).keys():
+                die("out of memory; python bench.py --plan says what each stage needs", 1)
+            from bench import savings  # which imports train.py, and that this
+            print("out of memory: planning which flags need less ...")
+            die(f"out of memory; {savings(args)}", 1)
         die(f"{(str(error).strip() or type(error).__name__).splitlines()[0]}; {go_on}", 1)
 
 def allowed(prompts, what):
@@ -247,8 +253,10 @@ def own_pictures(args):
     return [row for row in rows if row[1] in kept] or die(f"--images {args.images}: holds no picture to use")
 
 def load_concepts(args):
-    """The concept of each --concept: its prompt file, or --images; --prompts and --preserve replace parts."""
-    images, prompts, preserve = (getattr(args, key, None) for key in ("images", "prompts", "preserve"))
+    """The concept of each --concept: its prompt file, or --images; --prompts and --preserve replace parts.
+    Without --images (evaluate.py has none) a --task stands for a file: nothing is then asked about it."""
+    images, prompts, preserve, task = (getattr(args, k, None) for k in "images prompts preserve task".split())
+    none = {key: [] for key in "unrelated unseen backgrounds styles paraphrases neighbours".split()}
     if images:
         missing = [f"--{key}" for key in ("task", "preserve") if not getattr(args, key)]
         if missing or len(args.concept) > 1:
@@ -257,11 +265,14 @@ def load_concepts(args):
         name, = args.concept
         pictures = own_pictures(args)
         captions = [caption for _, caption in pictures]
-        none = {key: [] for key in "unrelated unseen backgrounds styles paraphrases neighbours".split()}
         concepts = [none | dict(name=name, task=args.task, concept=[name], train=captions, pictures=pictures,
                                 detect=["nudenet" if name == "nudity" else name],
                                 eval=list(dict.fromkeys(captions)))]
         args.n_forget = len(pictures)
+    elif task or getattr(args, "caption", None):
+        if "images" in args:
+            die("--task, --caption: say what --images are; without them the concept's file does")
+        concepts = [none | dict(name=name, task=task, concept=[name], detect=[name]) for name in args.concept]
     else:
         concepts = [load_concept(args.model, name) for name in dict.fromkeys(args.concept)]
     for concept in concepts:
@@ -367,8 +378,7 @@ def setup(args):
     args.size, args.weights = check_model(args)
     if "sample_batch" in args:  # 5 at 1024 pixels a side, more at less
         args.sample_batch = args.sample_batch or max(1, min(25, 5 * 1024**2 // args.size**2))
-    seed = f"-{args.seed}" if args.seed else ""
-    args.out = args.out or Path("out") / f"{Path(args.model).name}-{'+'.join(args.concept)}{seed}"
+    args.out = args.out or Path("out") / f"{Path(args.model).name}-{'+'.join(args.concept)}{ending(args.seed)}"
     there = next(p for p in (args.out, *args.out.absolute().parents) if p.exists())
     if not (there.is_dir() and os.access(there, os.W_OK)):
         die(f"--out {args.out}: {there} is no folder that can be written to")
@@ -536,6 +546,10 @@ def place(pipe, args):
                 module.to(args.device)
     return pipe
 
+def ending(seed):
+    """Of a folder's name, so that runs of other seeds stand beside it."""
+    return f"-{seed}" if seed else ""
+
 def seed_of(seed, concept, index):
     """The noise seed of a concept's image: more images, or other concepts, never change it."""
     return zlib.crc32(f"{seed}/{concept}/{index}".encode())
@@ -557,15 +571,14 @@ def check_set(folder, concept, prompts, args, **made_by):
     check_settings(folder / "settings.json", settings, folder, f"use another --out, or delete {folder}")
     return settings
 
-def sample_set(load, embeds, folder, concept, prompts, count, args, seeds=None, **made_by):
+def sample_set(load, embeds, folder, concept, prompts, count, args, **made_by):
     """Fill folder with 000.png ... and manifest.json -> [(path, prompt)]; what is there stays as it is.
 
     They are made in whole groups of args.sample_batch, so that their number cannot change their rounding.
-    load() gives the pipeline, where an image is missing. seeds: one a prompt, where a set has its own.
-    made_by: further settings that the images must share with those that are there.
+    load() gives the pipeline, where an image is missing. made_by: further settings that the images must share
+    with those that are there; of these, seeds is one a prompt, for sets that have their own.
     """
-    world, group = PartialState(), args.sample_batch
-    made_by |= dict(seeds=seeds) if seeds else {}
+    world, group, seeds = PartialState(), args.sample_batch, made_by.get("seeds")
     settings = check_set(folder, concept, prompts, args, **made_by)
     if not (folder / "settings.json").exists():  # its versions and commit are those of the first images
         keep_settings(folder / "settings.json", settings)
@@ -580,8 +593,8 @@ def sample_set(load, embeds, folder, concept, prompts, count, args, seeds=None, 
     name = f"sample {folder.parent.name}/{folder.name}"
     missing = missing[world.process_index::world.num_processes]  # of accelerate launch, each its share
     for first in tqdm(missing, desc=name, unit=f"{group} images", disable=not missing):
-        files, texts, seeds = zip(*rows[first:first + group])
-        images = generate(load(), embeds, texts, seeds, args.sample_steps, args.sample_guidance, args.size)
+        files, texts, noise = zip(*rows[first:first + group])
+        images = generate(load(), embeds, texts, noise, args.sample_steps, args.sample_guidance, args.size)
         for file, image in list(zip(files, images))[:count - first]:
             save_image(image, file)
     world.wait_for_everyone()

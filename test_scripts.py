@@ -109,7 +109,7 @@ def test_help_answers_at_once(script):
     ("--device mps", "--device"), ("--quantize nf4", "CUDA GPU"), ("--prompts LICENSES", "--prompts"),
     ("--preserve docs/cat.png", "--preserve"), ("--sample-steps 0", "--sample-steps"),
     ("--sample-guidance -1", "--sample-guidance"), ("--n-preserve 0", "--n-preserve"),
-    ("--images docs", "--task and --preserve"), ("--d0 0", "--d0"), ("--previous-checkpoint 1", "1")])
+    ("--images docs", "--task and --preserve"), ("--task style", "--task, --caption"), ("--d0 0", "--d0"), ("--previous-checkpoint 1", "1")])
 def test_bad_input_is_one_line_and_writes_nothing(given, named, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     line = refusal(lambda: run_train(tmp_path / "out", *given.split()), capsys)
@@ -124,12 +124,25 @@ def test_two_runs_in_one_folder_are_refused(trained, capsys):
 
 @pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"),
                                    RuntimeError("DefaultCPUAllocator: not enough memory: you tried")])
-def test_no_memory_says_which_flags_help(error, capsys):
+def test_no_memory_for_masks_says_where_it_goes(error, capsys):
     def work(args):
         raise error
 
-    line = refusal(lambda: sample.guarded(work, Namespace(batch=4, model=EMOJI)), capsys, 1)
-    assert "--checkpointing, --accumulate" in line and "bench.py --plan" in line
+    line = refusal(lambda: sample.guarded(work, mask.arguments(["--concept", "cat"])), capsys, 1)
+    assert "out of memory" in line and "bench.py --plan" in line
+
+
+def test_no_memory_in_training_says_which_flag_saves_how_much(tmp_path, capsys):
+    def work(args):
+        raise MemoryError
+
+    given = train.arguments(["--model", EMOJI, "--concept", "cat", "--out", str(tmp_path / "cat")])
+    train.setup(given)
+    line = refusal(lambda: sample.guarded(work, given), capsys, 1)
+    said = {flag: float(size) for flag, size in re.findall(r"((?:--[\w-]+(?: \w+)? )?train) ([\d.]+)", line)}
+    assert 2 * said["--accumulate 4 train"] < said["train"] < 4 * said["--accumulate 4 train"]
+    assert said["--checkpointing train"] < 0.6 * said["train"]
+    assert "--sample-batch 1 sample" in line and "--quantize int8 sample" in line
 
 
 def test_prompts_that_the_tokenizer_cuts_are_named(caplog):
@@ -340,7 +353,9 @@ def test_foreign_sam_is_one_line(tmp_path, capsys):
     torch.save(dict(weight=torch.zeros(3)), tmp_path / "sam.pth")
     cat, image = sample.load_concept(EMOJI, "cat"), scene_image(["cat"])[0]
     foreign = mask_args(tmp_path, sam=str(tmp_path / "sam.pth"))
-    assert "holds no SAM" in refusal(lambda: list(mask.find_masks([image], cat, foreign)), capsys, 1)
+    line = refusal(lambda: mask.guarded(lambda args: list(mask.find_masks([image], cat, args)), foreign),
+                   capsys, 1)
+    assert "holds no SAM" in line
 
 
 def test_nudity_masks_without_nudenet_say_how_to_get_it(monkeypatch, capsys):
@@ -715,21 +730,43 @@ def test_your_own_pictures_are_refused_in_one_line(tmp_path, capsys, case, named
     assert not (tmp_path / "out").exists()
 
 
-def test_two_processes_are_one_with_twice_the_batch(tmp_path):
-    """accelerate launch: half of each batch a process, one writer."""
-    rows = {}
+def launch_two(out, script):
+    """accelerate launch, without a GPU: two gloo processes, each with half of the batch."""
     two = ("accelerate launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no "
-           "--dynamo_backend no")  # without a GPU: two gloo processes
-    for name, launch, batch in (("one", [sys.executable], "4"), ("two", two.split(), "2")):
-        out = drawn_cats(tmp_path / name)
-        given = ["train.py", "--model", EMOJI, "--concept", "cat", "--out", out, *SMALL, "--batch", batch]
-        where = os.environ | dict(PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-        done = subprocess.run([*launch, *given], cwd=ROOT, capture_output=True, text=True, env=where)
-        assert done.returncode == 0, done.stderr
-        lines = [line.split(",") for line in (out / "log.csv").read_text().splitlines()]
-        rows[name] = np.array([[float(v) for v in line[2:8]] for line in lines[1:]])
-    assert rows["one"].shape == (12, 6)
-    np.testing.assert_allclose(rows["two"], rows["one"], atol=1e-5)
+           "--dynamo_backend no")
+    given = [script, "--model", EMOJI, "--concept", "cat", "--out", out, *SMALL, "--batch", "2"]
+    where = os.environ | dict(PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    return subprocess.run([*two.split(), *given], cwd=ROOT, capture_output=True, text=True, env=where)
+
+
+def test_two_processes_are_one_with_twice_the_batch_though_one_dies(tmp_path):
+    """One writer; kill -9 of a process ends the other with one line, and the same command goes on."""
+    run_train(drawn_cats(tmp_path / "one"))
+    dying = tmp_path / "dying.py"
+    dying.write_text(f"""
+import os, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+import train
+whole, calls = train.iteration, []
+def iteration(*given):
+    calls.append(1)
+    if len(calls) == 8 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return whole(*given)
+train.iteration = iteration
+train.guarded(train.main, train.arguments())
+""")
+    done = launch_two(drawn_cats(tmp_path / "two"), dying)
+    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 1 and len(said) == 1, done.stderr
+    assert "the same command goes on" in said[0] and not list((tmp_path / "two").glob("*.tmp"))
+    assert torch.load(tmp_path / "two" / "checkpoint.pt", weights_only=True)["step"] == 5
+    done = launch_two(tmp_path / "two", "train.py")
+    assert done.returncode == 0, done.stderr
+    one, two = ([line.split(",")[2:8] for line in (tmp_path / name / "log.csv").read_text().splitlines()]
+                for name in ("one", "two"))
+    assert one[0] == two[0] and len(one) == len(two) == 13
+    np.testing.assert_allclose(np.array(two[1:], float), np.array(one[1:], float), atol=1e-5)
 
 
 # -------------------------------------------------------------------------------- the bench's plans
@@ -917,7 +954,7 @@ def test_pictures_made_elsewhere_are_scored_like_a_loras(copied, tmp_path, capsy
     assert figures(report)["table12", "rephrased"]["n"] == 3 and report["broken"] == [str(broken)]
 
 
-def test_network_that_cannot_be_had_leaves_its_cell_without_a_number(copied, monkeypatch, capsys):
+def test_network_that_cannot_be_had_leaves_its_cell_without_a_number(copied, tmp_path, monkeypatch, capsys):
     def away(*given):
         raise OSError("no network")
 
@@ -928,6 +965,21 @@ def test_network_that_cannot_be_had_leaves_its_cell_without_a_number(copied, mon
     assert "no/body cannot be loaded (OSError)" in cell["unavailable"] and "connect" in cell["unavailable"]
     assert figures(report)["table4", "Residuals"]["n"] == 4  # the rest goes on
     assert "not available: no/body" in capsys.readouterr().out
+    torch.save(dict(weight=torch.zeros(3)), tmp_path / "sam.pth")
+    report = evaluation(copied / "run", copied / "base", "--suite", "table1", "--sam", str(tmp_path / "sam.pth"))
+    for cell in report["cells"]:
+        foreign = cell["column"].startswith("pixels")
+        assert ("sam.pth" in (cell["unavailable"] or "")) == foreign == (cell["after"] is None)
+
+
+def test_lora_of_a_concept_without_a_file_is_asked_what_is_not_about_it(copied, tmp_path, capsys):
+    (tmp_path / "gnome").mkdir()
+    shutil.copy(copied / "run" / WEIGHTS, tmp_path / "gnome")
+    ask = ["--concept", "gnome", "--suite", "table4", "--no-floor"]
+    report = evaluation(tmp_path / "gnome", copied / "base", *ask, "--task", "ip")
+    assert report["rows"][0]["concept"] == ["gnome"] and report["rows"][0]["task"] == "ip"
+    assert [c["after"]["n"] for c in report["cells"]] == [4, 4]
+    assert "known are" in refusal(lambda: evaluation(tmp_path / "gnome", copied / "base", *ask), capsys)
 
 
 @pytest.mark.parametrize("given, named", [
@@ -937,6 +989,7 @@ def test_network_that_cannot_be_had_leaves_its_cell_without_a_number(copied, mon
     ("--lora {run} --suite table2 --prompt-set coco={bare}/words.csv", "has no column prompt"),
     ("--lora {run} --suite table8", "forget several concepts"),
     ("--lora {run} --suite table2 --prompt-set cocoo=x", "cocoo"),
+    ("--lora {bare} --concept gnome --task ip --suite table1 table4", "table1 asks about the concept"),
     ("--lora {old}", "version")])
 def test_bad_evaluation_is_one_line_before_work(copied, tmp_path, capsys, given, named):
     for name in ("other", "bare", "old"):
@@ -975,7 +1028,7 @@ def test_nudity_is_counted_by_three_rules(monkeypatch):
     monkeypatch.setattr(evaluate.metrics, "load_nudenet", lambda: lambda images: found)
     args = evaluate.arguments(["--lora", "x", "--model", EMOJI, "--judge", EMOJI + "/clip"])
     network, load = evaluate.metric_table(args, ["nudenet"])["harm"]
-    assert network.startswith("NudeNet")
+    assert re.fullmatch(r"NudeNet( [\d.]+)?, 320 px", network)
     parts = dict(zip(evaluate.metrics.NUDITY_PARTS, load()([None, None], None).T.tolist()))
     assert parts == {"Female": [1, 0], "Male": [0, 0], "Common": [0, 0], "Total": [1, 0],
                      "Total, every box": [3, 0], "pictures": [1, 0]}
@@ -983,7 +1036,7 @@ def test_nudity_is_counted_by_three_rules(monkeypatch):
 
 @pytest.mark.parametrize("suite, sizes", [
     ("table1", {"target": 100, "other, bird": 100, "other, airplane": 100, "scenes": 100, "preserved": 100}),
-    ("table2", {"i2p": 300, "coco": 1000}), ("table4", {"i2p-sexual": 300, "coco-500": 500}),
+    ("table2", {"i2p": 300, "coco": 1000}), ("table4", {"i2p": 300, "coco-500": 500}),
     ("table8", {"target, cat": 100, "target, robot": 100, "scenes": 100}), ("table12", {"rephrased": 120})])
 def test_suites_have_the_sizes_of_their_protocol(suite, sizes):
     cat, robot = (sample.load_concept(EMOJI, name) for name in ("cat", "robot"))
