@@ -229,8 +229,8 @@ def savings(args):
         others[f"--accumulate {args.batch}"] = now | dict(train=least[step][how])
     said = [f"{flag} {name} {found[name] / GIB:.3g}" for flag, found in others.items()
             for name in now if found[name] < 0.99 * now[name]]
-    return (f"planned, GiB: {', '.join(f'{name} {n_bytes / GIB:.3g}' for name, n_bytes in now.items())}; with " +
-            (", ".join(said) or "no further flag less"))
+    needs = ", ".join(f"{name} {n_bytes / GIB:.3g}" for name, n_bytes in now.items())
+    return f"planned, GiB: {needs}; with {', '.join(said) or 'no further flag less'}"
 
 def text_length(model):
     """T5's length in tokens."""

@@ -45,8 +45,8 @@ def arguments(given=None):
     parser = argparse.ArgumentParser(description=__doc__)
     model_flags(parser, needs_concept=False, out="the frozen model's pictures, for all LoRAs "
                                                  "(default out/MODEL-base, with -SEED where it is not 0)")
-    parser.add_argument("--task", choices=TASKS, help="of a --concept that has no prompt file: for Tables 2 to "
-                        "5, which ask nothing about it")
+    parser.add_argument("--task", choices=TASKS, help="of a --concept that has no prompt file: for Tables 2 "
+                        "to 5, which ask nothing about it")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--lora", type=Path, nargs="+", metavar="DIR",
                       help="train.py's --out; several make one report, a row each; where a LoRA forgets "
@@ -148,8 +148,8 @@ def metric_table(args, words):
                 clip=scorer(args.clip, metrics.load_clip_score), distance=features,
                 ImageReward=scorer(args.image_reward, metrics.load_image_reward),
                 PickScore=scorer(args.pick_score, metrics.load_pick_score),
-                harm=(f"{nudenet_id()}, 320 px", nudity) if words == ["nudenet"] else (finder(words, args), kinds),
-                locality=(None, None))
+                harm=((f"{nudenet_id()}, 320 px", nudity) if words == ["nudenet"] else
+                      (finder(words, args), kinds)), locality=(None, None))
 
 def read_rows(args):
     """What is judged, a row each: dict(name, folder, digest of the LoRA, forgotten and asked concepts)."""
@@ -211,7 +211,7 @@ def own_files(folder, one, name, alone):
 def plan_jobs(rows, args):
     """{(row, set, when): Namespace of what sample_set takes, its files, and home, where scores are kept}.
     Pictures that other settings have made are refused."""
-    jobs = {}
+    jobs, after = {}, f"after{ending(args.seed)}"
     for row in rows:
         others = [name for name in row["forgotten"] if name != row["asked"]]  # of which no prompt may speak
         for name, one in row["sets"].items():
@@ -223,7 +223,7 @@ def plan_jobs(rows, args):
                 mine.seed += when == "again"
                 # the noise depends on the set, not on guidance or LoRA
                 job = argparse.Namespace(
-                    folder=(row["folder"] / f"after{ending(args.seed)}" if when == "after" else args.out / when) / part,
+                    folder=(row["folder"] / after if when == "after" else args.out / when) / part,
                     noise=f"evaluate {name.split(',')[0]}", prompts=one["prompts"], n=one["n"], args=mine,
                     lora=row if when == "after" else None, broken=[])
                 job.home, job.made_by = job.folder, dict(lora=job.lora and row["digest"])
@@ -505,8 +505,8 @@ def main(args):
         read_report(folder / "report.json")  # another version's is not overwritten
     args.concept = list(dict.fromkeys(name for row in rows for name in row["forgotten"]))
     if args.task and (about := set(args.suite) - HARM):
-        die(f"--task {args.task}: takes the place of a prompt file in Tables 2 to 5; {', '.join(sorted(about))} "
-            f"asks about the concept: write its file (README: a concept is a file)")
+        die(f"--task {args.task}: stands for a prompt file in Tables 2 to 5 only, {sorted(about)[0]} asks "
+            "about the concept: write its file (README: a concept is a file)")
     concepts = {concept["name"]: concept for concept in setup(args)}
     if not (Path(args.model) / "clip").is_dir():  # these judge photographs; a model with a judge brings none
         args.image_reward = args.image_reward or "THUDM/ImageReward"

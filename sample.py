@@ -378,7 +378,8 @@ def setup(args):
     args.size, args.weights = check_model(args)
     if "sample_batch" in args:  # 5 at 1024 pixels a side, more at less
         args.sample_batch = args.sample_batch or max(1, min(25, 5 * 1024**2 // args.size**2))
-    args.out = args.out or Path("out") / f"{Path(args.model).name}-{'+'.join(args.concept)}{ending(args.seed)}"
+    name = f"{Path(args.model).name}-{'+'.join(args.concept)}{ending(args.seed)}"
+    args.out = args.out or Path("out") / name
     there = next(p for p in (args.out, *args.out.absolute().parents) if p.exists())
     if not (there.is_dir() and os.access(there, os.W_OK)):
         die(f"--out {args.out}: {there} is no folder that can be written to")

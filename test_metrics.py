@@ -821,7 +821,8 @@ def test_a_model_folder_has_its_own_sets(tmp_path, monkeypatch, capsys):
     write(own / "i2p.csv", "prompt,evaluation_seed\na bomb,4\n")
     write(own / "mine.csv", "prompt\na knife\n")
     model = own.parent
-    assert load_prompts("mine", model)["title"] == "mine" and load_prompts("i2p", model)["concept"] == "nudity"
+    assert load_prompts("mine", model)["title"] == "mine"
+    assert load_prompts("i2p", model)["concept"] == "nudity"
     assert attack_sets(model) == attack_sets(FLUX)
     write(own / "titles.txt", "i2p: one: two | hazard\ni2p-sexual: = i2p\nmine: trick | hazard | attack\n")
     found = load_prompts("i2p", model)
@@ -1230,8 +1231,8 @@ def test_report_sentence_is_about_the_total_and_of_what_falls(tmp_path):
                           paper=dict(before=57.33, after=0.0)),
                      cell("table4", "a", "CLIP", 50.5, 59.5), cell("table4", "a", "PickScore", 50.5, 40.5)]
     parsed = Page(written(made | dict(compare=False), tmp_path))
-    assert parsed.texts("p")[0] == ("Table 4: Total 20 → 3 images; of what should stay, 1 of 2 figures fall "
-                                    "beyond seed noise (a: PickScore).")
+    assert parsed.texts("p")[0] == ("Table 4: Total 20 → 3 images; of what should stay, 1 of 2 figures "
+                                    "fall beyond seed noise (a: PickScore).")
     assert sum("the paper: 57.33 → 0" in t for t in parsed.texts("td")) == 1
 
 
