@@ -593,7 +593,7 @@ def sample_set(load, embeds, folder, concept, prompts, count, args, **made_by):
                if not all(f.exists() for f, _, _ in rows[first:min(first + group, count)])]
     name = f"sample {folder.parent.name}/{folder.name}"
     missing = missing[world.process_index::world.num_processes]  # of accelerate launch, each its share
-    for first in tqdm(missing, desc=name, unit=f"{group} images", disable=not missing):
+    for first in tqdm(missing, desc=name, unit=f"{group} images", leave=False, disable=not missing):
         files, texts, noise = zip(*rows[first:first + group])
         images = generate(load(), embeds, texts, noise, args.sample_steps, args.sample_guidance, args.size)
         for file, image in list(zip(files, images))[:count - first]:

@@ -89,14 +89,14 @@ def scene_image(names, seed=0, **given):
 
 @pytest.mark.parametrize("script", ["inpo", "sample", "mask", "train", "evaluate", "bench"])
 def test_help_answers_at_once(script):
-    best = math.inf
-    for _ in range(3):
+    for _ in range(3):  # the machine may be busy
         start = time.perf_counter()
         command = [sys.executable, f"{script}.py", "--help"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        best = min(best, time.perf_counter() - start)
+        if (seconds := time.perf_counter() - start) < 2:
+            break
     assert done.returncode == 0 and "usage" in done.stdout
-    assert best < 2
+    assert seconds < 2
 
 
 @pytest.mark.parametrize("given, named", [
@@ -426,12 +426,10 @@ def die_in(function, time, out):
 
 def check_restart(uninterrupted, out, function, time):
     """kill -9, the same command again: the same LoRA and the same images, bit by bit."""
-    drawn_cats(out)
-    for again in (f"t.die_in({function!r}, {time}, {str(out)!r})",
-                  f"t.run_train(t.Path({str(out)!r}), '--save-every', '6')"):
-        done = subprocess.run([sys.executable, "-c", f"import test_scripts as t; {again}"], cwd=ROOT,
-                              capture_output=True, text=True)
-        assert done.returncode == (-signal.SIGKILL if "die_in" in again else 0), done.stderr
+    work = f"import test_scripts as t; t.die_in({function!r}, {time}, {str(drawn_cats(out))!r})"
+    done = subprocess.run([sys.executable, "-c", work], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    run_train(out, "--save-every", "6")
     names = [WEIGHTS, f"step-6/{WEIGHTS}", *(p.relative_to(out) for p in out.glob("preserve/*/*.png"))]
     assert len(names) == 18
     for name in names:
