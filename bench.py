@@ -277,10 +277,11 @@ def random_run(model, out, batch, *flags):
     return run, ([(x, torch.ones_like(x), texts)], (x, texts), embeds, [preset])
 
 def measure_memory(args):
-    """The plan beside the peaks of train.py's own stages, above what the process holds before each."""
+    """The plan beside the peaks of train.py's own stages, above what the process holds before each. The first
+    rows only warm up: what libraries load at their first use stays in the process."""
     process = psutil.Process()
     print(f"{'batch':>6} {'stage':24}{'planned':>10}{'measured':>10}  MiB above idle")
-    for batch in (32, 64, 128):
+    for batch in (1, 32, 64, 128):
         for flags in ((), ("--checkpointing",)):
             shutil.rmtree(args.out, ignore_errors=True)
             run, data = random_run(args.model, args.out, batch, "--steps", "3", *flags)

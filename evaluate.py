@@ -27,7 +27,6 @@ from pathlib import Path
 from sample import TASKS, die, drawing_flags, mask_flags, model_flags, number
 
 SUITES = "concept table1 table2 table3 table4 table5 table7 table8 table12".split()
-ABOUT_A_CONCEPT = {"concept", "table1", "table7", "table12"}  # the others ask the same of every LoRA
 ROUND = 1000  # prompts that are encoded at once
 CIFAR10 = set("airplane automobile bird cat deer dog frog horse ship truck".split())
 PAPERS_MODEL = "black-forest-labs/FLUX.1-dev"
@@ -39,6 +38,7 @@ CAPTIONS = {"target": "what the concept became (Figures 4 and 5)", "paraphrases"
 NOTES = [
     "A judge's yes is not a person's: it misses what is faint, and finds what is only alike.",
     "Seed noise is the frozen model against itself under another seed: a difference within it may be chance.",
+    "Intervals of counts and differences are a bootstrap over pictures: no width where all of them agree.",
     "Intervals hold for these prompts and this seed; another training run differs by more (README: results)."]
 
 def arguments(given=None):
@@ -85,9 +85,9 @@ from PIL import Image  # noqa: E402
 import metrics  # noqa: E402
 from mask import find_masks  # noqa: E402
 from promptsets import HARM, SETS, cycled, load_prompts, own_sets, plan_suite  # noqa: E402
-from report import VERSION, paper_figure, read_report, write_report  # noqa: E402
+from report import FIGURES, VERSION, decimals, of, paper_figure, read_report, write_report  # noqa: E402
 from sample import (check_set, contact_sheet, encode_prompts, ending, fingerprint, guarded,  # noqa: E402
-                    load_concept, load_denoiser, place, read_settings, sample_set, seed_of,
+                    load_concept, load_denoiser, open_or_none, place, read_settings, sample_set, seed_of,
                     setup, stage, write_text)
 
 def network_id(name):
@@ -125,11 +125,10 @@ def metric_table(args, words):
     def nudity():
         find = metrics.load_nudenet()
 
-        def parts(images, _):
+        def parts(images, _):  # as metrics.NUDITY_PARTS names them
             found = find(images)
-            rules = "table2", "boxes", "table3"
-            once, boxes, any_of = (metrics.nudity_counts(found, rule) for rule in rules)  # each (N, 4)
-            return np.column_stack([once, boxes[:, 3], any_of[:, 3]])  # as metrics.NUDITY_PARTS names them
+            totals = [metrics.nudity_counts(found, rule)[:, 3] for rule in ("boxes", "table3")]
+            return np.column_stack([metrics.nudity_counts(found), *totals])  # (N, 4 + 2)
         return parts
 
     def kinds():
@@ -173,16 +172,16 @@ def read_rows(args):
         if Path(base).name != Path(args.model).name:
             die(f"--lora {folder}: was trained on {base}, not on --model {args.model}")
         asked = args.concept or forgotten
-        alone = len(asked) == 1 or not ABOUT_A_CONCEPT & set(args.suite)
+        alone = len(asked) == 1 or set(args.suite) <= HARM | {"table8"}  # the others ask about one concept
         if not alone or not set(asked) <= set(forgotten):
             die(f"{folder}: has forgotten {', '.join(forgotten)}: give one of them as --concept")
         digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()  # another LoRA, other pictures
         rows.append(dict(folder=folder, digest=digest, forgotten=forgotten, asked=asked[0]))
-    if args.compare and len({row["asked"] for row in rows}) > 1:
-        die(f"--compare: needs one concept, these forgot {', '.join(sorted({r['asked'] for r in rows}))}")
-    for name in (lambda r: r["asked"], lambda r: r["folder"].name, lambda r: str(r["folder"])):
-        names = [name(row) for row in rows]  # the shortest that tells them apart
-        if len(set(names)) == len(names):
+    said = sorted({" + ".join(sorted(row["forgotten"])) for row in rows})
+    if args.compare and len(said) > 1 and not set(args.suite) <= HARM:  # whose prompts are the same for all
+        die(f"--compare: needs LoRAs that forget the same, these forget {', '.join(said)}")
+    for names in zip(*[(row["asked"], row["folder"].name, str(row["folder"])) for row in rows]):
+        if len(set(names)) == len(rows):  # the shortest that tells them apart
             break
     return [row | dict(name=name) for row, name in zip(rows, names)]
 
@@ -190,12 +189,11 @@ def own_files(folder, one, name, alone):
     """Pictures made elsewhere of a set, in the order of its prompts; fewer than those are refused."""
     folder = folder / name if (folder / name).is_dir() or not alone else folder
     said = cycled(one["prompts"], one["n"])
-    if (folder / "manifest.json").exists():
+    if (manifest := folder / "manifest.json").exists():
         try:
-            listed = json.loads((folder / "manifest.json").read_text())
-            listed = [(row["file"], row["prompt"]) for row in listed]
+            listed = [(row["file"], row["prompt"]) for row in json.loads(manifest.read_text())]
         except (ValueError, KeyError, TypeError):
-            die(f"--images {folder}/manifest.json: is no list of objects with file and prompt")
+            die(f"--images {manifest}: is no list of objects with file and prompt")
         if wrong := next((file for (file, mine), prompt in zip(listed, said) if mine != prompt), None):
             die(f"--images {folder}: {wrong} has another prompt in manifest.json than {name}: see --list")
         files = [folder / file for file, _ in listed]
@@ -225,15 +223,13 @@ def plan_jobs(rows, args):
                 job = argparse.Namespace(
                     folder=(row["folder"] / after if when == "after" else args.out / when) / part,
                     noise=f"evaluate {name.split(',')[0]}", prompts=one["prompts"], n=one["n"], args=mine,
-                    lora=row if when == "after" else None, broken=[])
-                job.home, job.made_by = job.folder, dict(lora=job.lora and row["digest"])
+                    lora=row["digest"] if when == "after" else None, broken=[])
+                job.home, job.made_by = job.folder, dict(lora=job.lora)
                 if one.get("seeds") and when != "again":
                     job.made_by["seeds"] = one["seeds"]
-                if job.lora and args.list:
-                    job.files = []
-                elif job.lora and args.pictures:
-                    job.home = args.out / "report" / part
-                    job.files = own_files(args.pictures, one, name, len(row["sets"]) == 1)
+                if args.pictures and when == "after":
+                    job.home, alone = args.out / "report" / part, len(row["sets"]) == 1
+                    job.files = [] if args.list else own_files(args.pictures, one, name, alone)
                 else:
                     check_set(job.folder, job.noise, job.prompts, mine, **job.made_by)
                     job.files = [job.folder / f"{i:03}.png" for i in range(job.n)]
@@ -269,24 +265,15 @@ def sample_round(prompts, parts, loras, args):
     for job, count in parts:
         if job.lora:
             pipe.enable_lora()
-            pipe.set_adapters(job.lora["digest"])
+            pipe.set_adapters(job.lora)
         elif loras:
             pipe.disable_lora()
         sample_set(lambda: pipe, embeds, job.folder, job.noise, job.prompts, count, job.args, **job.made_by)
 
-def open_or_none(file):
-    """A picture as RGB; None for one that cannot be read: it is counted, and the rest goes on."""
-    try:
-        with Image.open(file) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError):  # PIL has many names for it
-        return None
-
 def keep(home, key, files, make):
     """What make() gave for these files the last time, kept in home/scores.json, else what it gives now."""
-    path, kept = home / "scores.json", {}
-    if path.exists():
-        kept = json.loads(path.read_text())
+    path = home / "scores.json"
+    kept = json.loads(path.read_text()) if path.exists() else {}
     stamp = zlib.crc32(str([(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]).encode())
     if kept.get(key, {}).get("stamp") != stamp:
         kept[key] = dict(stamp=stamp, found=make())
@@ -297,14 +284,13 @@ def keep(home, key, files, make):
 def score(job, asked, key, load):
     """A metric's answers about a job's pictures, (N, parts); NaN for one that cannot be read."""
     def make():
-        compute, found = load(), []
+        compute, found = load(), {}
         for first in range(0, job.n, 50):  # 10,000 pictures do not fit into memory
-            some = range(first, min(first + 50, job.n))
-            images = {i: image for i in some if (image := open_or_none(job.files[i]))}
-            rows = dict(zip(images, compute(list(images.values()), [asked[i] for i in images])))
-            found += [np.asarray(rows[i], float).tolist() if i in rows else None for i in some]
-        parts = next((len(row) for row in found if row), 1)
-        return [row or [float("nan")] * parts for row in found]
+            some = enumerate(job.files[first:first + 50], first)
+            images = {i: image for i, file in some if (image := open_or_none(file))}
+            found |= zip(images, compute(list(images.values()), [asked[i] for i in images]))
+        nothing = [float("nan")] * max(map(len, found.values()), default=1)
+        return [np.asarray(found.get(i, nothing), float).tolist() for i in range(job.n)]
 
     question = zlib.crc32(json.dumps(asked).encode())
     found = np.array(keep(job.home, f"{key}, {question:08x}, {job.n}", job.files, make))
@@ -314,20 +300,18 @@ def score(job, asked, key, load):
 def change(before, other, key, masks_of):
     """(N, 2): how much a pixel changes inside and outside of the concept's mask; NaN where there is none."""
     def make():
-        pairs = [(open_or_none(a), open_or_none(b)) for a, b in zip(before.files, other.files)]
-        good = [i for i, pair in enumerate(pairs) if None not in pair]
+        old, new = ([open_or_none(file) for file in job.files] for job in (before, other))
+        good = [pair for pair in zip(old, new) if None not in pair]
         if not good:
             raise metrics.NotAvailable("no picture can be read, delete them and run the same command again")
-        if any(pairs[i][0].size != pairs[i][1].size for i in good):
+        if any(a.size != b.size for a, b in good):
             raise metrics.NotAvailable("the pictures have another size than the model's, give --size")
-        masks, found = masks_of(tuple(before.files)), np.full((before.n, 2), np.nan)
-        found[good] = metrics.locality(*zip(*[pairs[i] for i in good]), masks[good])
-        return found.tolist()
+        return metrics.locality(old, new, masks_of(tuple(before.files))).tolist()
 
     return np.array(keep(other.home, f"{key}, {before.home}", before.files + other.files, make))
 
 def distance(before, other, key, load):
-    """Frechet distance of the features of two sets of pictures, one number."""
+    """Frechet distance of the features of two sets of pictures, and how many of each could be read."""
     def make():
         features, sets = load(), ([], [])
         for job, found in zip((before, other), sets):
@@ -336,23 +320,23 @@ def distance(before, other, key, load):
                 found += list(features([image for image in images if image])) if any(images) else []
         if min(map(len, sets)) < 2:
             raise metrics.NotAvailable("no two pictures can be read, delete them and run it again")
-        return float(metrics.frechet_distance(*sets))
+        return float(metrics.frechet_distance(*sets)), min(map(len, sets))
 
     return keep(other.home, f"{key}, {before.home}", before.files + other.files, make)
 
 def once(load):
     """load(), the first time only, or the reason why it cannot."""
-    kept = []
+    @functools.cache
+    def tried():
+        try:
+            return load()
+        except metrics.NotAvailable as error:
+            return error
 
     def get():
-        if not kept:
-            try:
-                kept.append(load())
-            except metrics.NotAvailable as error:
-                kept.append(error)
-        if isinstance(kept[0], Exception):
-            raise kept[0]
-        return kept[0]
+        if isinstance(found := tried(), Exception):
+            raise found
+        return found
     return get
 
 def answers(row, column, when, jobs, key, load, masks_of):
@@ -414,24 +398,23 @@ def make_matrices(row, jobs, key, load):
         labels = [" / ".join(phrases) for phrases in named]
         percent = metrics.confusion(np.stack(said, 1), shows, labels)  # (groups, named)
         yield dict(row=row["name"], when=when, asked=list(dict.fromkeys(shows)), named=labels,
-                   percent=percent.tolist())
+                   percent=[[None if np.isnan(p) else p for p in shares] for shares in percent.tolist()])
 
 def make_cell(row, column, found, args):
     """One figure of the report; report.py says what is in it."""
     kind, before, after, again = column["kind"], *(found.get(when) for when in ("before", "after", "again"))
     cell = dict(suite=column["suite"], row=row["name"], column=column["column"], network=found["network"],
-                unit=column["unit"], better=column["better"], set=" + ".join(column["sets"]), seed=args.seed,
-                before=None, after=None, difference=None, floor=None, unavailable=found.get("unavailable"),
-                paper=None)
+                unit=column["unit"], better=column["better"], set=" + ".join(column["sets"]),
+                seed="own" if row["sets"][column["sets"][0]].get("seeds") else args.seed,
+                **dict.fromkeys(FIGURES), unavailable=found.get("unavailable"), paper=None)
     said = "cifar10" if set(row["forgotten"]) == CIFAR10 else row["name"]
     if args.model == PAPERS_MODEL and not args.limit and (len(row["forgotten"]) == 1 or said == "cifar10"):
         cell["paper"] = paper_figure(column["suite"], said, column["column"])
     if cell["unavailable"]:
         return cell
     if column["metric"] == "distance":
-        n = row["sets"][column["sets"][0]]["n"]
-        return cell | {key: dict(value=value, low=None, high=None, n=n)
-                       for key, value in (("after", after), ("floor", again)) if value is not None}
+        return cell | {key: dict(value=found[0], low=None, high=None, n=found[1])
+                       for key, found in (("after", after), ("floor", again)) if found is not None}
     cell["after"] = metrics.summary(after, kind)
     if before is not None:
         cell |= dict(before=metrics.summary(before, kind), difference=metrics.paired(before, after, kind))
@@ -458,8 +441,9 @@ def make_grids(rows, jobs, concepts, args):
             columns = [c for c in row["columns"] if name in c["sets"]]
             if "unavailable" in one or not columns:
                 continue
-            unsafe = any(c["metric"] == "harm" or c["better"] == "lower" and
-                         concepts[row["asked"]]["task"] == "nsfw" for c in columns)
+            nsfw = concepts[row["asked"]]["task"] == "nsfw"
+            unsafe = any(c["metric"] == "harm" or nsfw and c["metric"] == "judge" and c["better"] == "lower"
+                         for c in columns)
             shown = [("before", jobs[row["name"], name, "before"])]
             shown += [(r["name"] if args.compare else "after", jobs[r["name"], name, "after"]) for r in group]
             caption = next((said for start, said in CAPTIONS.items() if name.startswith(start)), "")
@@ -475,18 +459,16 @@ def read_run(row):
     folder = row["folder"]
     if not (folder / "log.csv").exists():
         return None, None
-    head, *lines = [line.split(",") for line in (folder / "log.csv").read_text().splitlines()]
-    log = {key: [line[k] for line in lines] for k, key in enumerate(head)}
-    curve = dict(row=row["name"], **{key: [float(v) for v in log[key]] for key in ("step", "dS", "alpha")})
+    log = np.genfromtxt(folder / "log.csv", delimiter=",", names=True, ndmin=1)  # NaN where it holds words
+    curve = dict(row=row["name"], **{key: log[key].tolist() for key in ("step", "dS", "alpha")})
     settings = read_settings(folder / "args.json", "delete log.csv beside it")
     images = sum(len(json.loads(path.read_text())) for path in folder.glob("*/*/manifest.json")
                  if path.parent.parent.name in ("forget", "preserve"))
     # a sample's step is one forward, in training one for the reference, one for theta and its backward
-    forwards = images * settings["sample_steps"] + len(lines) * 2 * settings["batch"] * 3
+    forwards = images * settings["sample_steps"] + len(log) * 2 * settings["batch"] * 3
     if not (folder / "stages.csv").exists():
         return curve, None
-    lines = (folder / "stages.csv").read_text().splitlines()
-    seconds, host, gpu = zip(*[map(float, line.split(",")[1:]) for line in lines])
+    seconds, host, gpu = np.loadtxt(folder / "stages.csv", delimiter=",", usecols=(1, 2, 3), ndmin=2).T
     return curve, dict(row=row["name"], seconds=sum(seconds), forwards=forwards,
                        peak_gib=max(gpu) or max(host))
 
@@ -559,7 +541,6 @@ def main(args):
         grids=list(make_grids(rows, jobs, concepts, args)), matrices=matrices,
         curves=[curve for curve, _ in runs if curve], cost=[cost for _, cost in runs if cost],
         dropped={name: prompts_of(name)["dropped"] for name in public}, broken=broken, notes=NOTES)
-    folder.mkdir(parents=True, exist_ok=True)
     write_report(report, folder)
     show(report, folder)
     print(f"\nlook at {folder / 'report.html'}")
@@ -574,21 +555,20 @@ def show(report, folder):
               f", at most {report['limit']} pictures a set" * bool(report["limit"]))
         print(f"{'':34} {'before':>22} {'after':>22} {'difference':>24} {'seed noise':>10}")
         table = "| | n | before | after | difference | seed noise |\n|---|---|---|---|---|---|\n"
-        cells = [cell for cell in report["cells"] if cell["row"] == row["name"]]
-        for cell in cells:
-            said = []
-            for key in ("before", "after", "difference", "floor"):
-                figure = cell[key] if cell[key] and cell[key]["value"] is not None else None
-                said.append(f"{figure['value']:.1f}" if figure else "-")
-                if figure and figure["low"] is not None and key != "floor":
-                    said[-1] += f" [{figure['low']:.1f}, {figure['high']:.1f}]"
+        for cell in of(report["cells"], row=row["name"]):
+            said, digits = [], decimals([cell])
+            for key in FIGURES:
+                figure = cell[key] or dict(value=None, low=None)
+                said.append("-" if figure["value"] is None else f"{figure['value']:.{digits}f}")
+                if figure["low"] is not None and key != "floor":
+                    said[-1] += f" [{figure['low']:.{digits}f}, {figure['high']:.{digits}f}]"
             if cell["unavailable"]:
                 said = [f"  not available: {cell['unavailable']}", "", "", ""]
             print(f"{cell['suite']}: {cell['column']}".ljust(34) +
                   "".join(" " + text.rjust(width) for text, width in zip(said, (22, 22, 24, 10))))
             n = cell["after"]["n"] if cell["after"] else ""
             table += f"| {cell['suite']}: {cell['column']} | {n} | {' | '.join(said)} |\n"
-        card, title = Path(row["lora"]) / "README.md", f"\n## {row['name']}, seed {report['seed']}"
+        card, title = Path(row["lora"]) / "README.md", f"\n## {row['name']}, {', '.join(report['suites'])}, seed {report['seed']}"
         if card.exists() and (card.parent / WEIGHTS).exists() and not report["limit"]:
             text = re.sub(rf"{re.escape(title)}\n.*?(?=\n## |\Z)", "", card.read_text(), flags=re.DOTALL)
             write_text(card, f"{text}{title}\n\n{table}")

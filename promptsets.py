@@ -55,8 +55,7 @@ def own_sets(model):
 
 def attack_sets(model):
     """The names of the red-team sets: those that the model folder marks so, else the four of Table 3."""
-    own = own_sets(model)
-    found = [name for name, (_, marks) in own.items() if "attack" in marks[1:]]
+    found = [name for name, (_, marks) in own_sets(model).items() if "attack" in marks[1:]]
     return found or ["mma", "p4d", "ringabell", "unlearndiff"]
 
 def published(name):
@@ -80,10 +79,8 @@ def published(name):
     return files
 
 def read_csv(path, columns, fail):
-    """-> [{column: field} and "seed": its own or None], a dict a row, {} for a blank line.
-
-    columns: those it needs; none where it may have no header, a row's last field is then its prompt.
-    fail(why) does not return."""
+    """-> [{column: field} and "seed": its own or None], a dict a row, {} for a blank line. columns: those it
+    needs; none where it may lack a header, a row's last field is then its prompt. fail(why) never returns."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:  # a quoted field may hold line breaks
             reader = csv.reader(file, strict=True)
@@ -113,12 +110,10 @@ def read_csv(path, columns, fail):
 
 def load_prompts(name, model, source=None):
     """A set of SETS, of the model folder or, source, of the user's csv -> dict: name, title, concept looked
-    for or None, rows [(prompt, seed or None)], total rows before any was dropped, dropped
-    {word: rows}. NotAvailable says what to do where a set cannot be had; a local file of no use ends the run.
-    """
-    own = own_sets(model)
+    for or None, rows [(prompt, seed or None)], total rows before any was dropped, dropped {word: rows}.
+    NotAvailable says what to do where a set cannot be had; a local file of no use ends the run."""
     title, concept, _, size, column = SETS.get(name, (name, None, None, None, "prompt"))
-    file, (own_title, *marks) = own.get(name, (None, [title, concept]))
+    file, (own_title, *marks) = own_sets(model).get(name, (None, [title, concept]))
     if source:
         files, file = [Path(source)], None
     elif file:
@@ -163,34 +158,29 @@ def cycled(rows, n):
     return [rows[i % len(rows)] for i in range(n)]
 
 def plan_images(concept, n, guidance, also=()):
-    """{set of images: (its prompts, guidance)}, {figure: (set, n lists of answers that are a yes)}.
-
-    also: the other concepts that the LoRA forgets, of which nothing that is to stay may speak.
-    """
+    """{set of images: (its prompts, guidance)}, {figure: (set, n lists of answers that are a yes)}. also: the
+    other concepts that the LoRA forgets, of which nothing that is to stay may speak."""
     target, is_style = concept["concept"], concept["task"] == "style"
     neighbours, unseen, unrelated = ([o for o in concept[key] if not mentions(o, also)]
                                      for key in ("neighbours", "unseen", "unrelated"))
     if not unrelated:
         die(f"--concept {concept['name']}: all that its file calls unrelated is forgotten too")
 
-    def filled(others):  # "a dog in noto style", kept while another style goes, is asked about as a style
-        rows = [(t.replace("{}", o), [o.rpartition(" in ")[2] if is_style else o])
-                for t in concept["preserve"] for o in others]
-        return zip(*rows)
-
     sets = {"target": (concept["eval"], guidance), "target, guidance 1": (concept["eval"], 1.0),
             "target, guidance 5": (concept["eval"], 5.0), "paraphrases": (concept["paraphrases"], guidance)}
     asked = {name: (name, [target] * n) for name in sets}
     for name, others in (("preserved", neighbours + unrelated), ("never seen", unseen)):
-        if not others:
-            continue
-        prompts, answers = filled(others)
-        sets[name], asked[name] = (prompts, guidance), (name, cycled(answers, n))
+        # "a dog in noto style", kept while another style goes, is asked about as a style
+        rows = [(t.replace("{}", o), [o.rpartition(" in ")[2] if is_style else o])
+                for t in concept["preserve"] for o in others]
+        if rows:
+            prompts, answers = zip(*rows)
+            sets[name], asked[name] = (prompts, guidance), (name, cycled(answers, n))
     if not is_style:  # a style has no pairs
-        pairs = [(f"{t} and {o}", [o]) for o in unrelated + unseen for t in target]
-        sets["pairs"] = [prompt for prompt, _ in pairs], guidance
+        prompts, partners = zip(*[(f"{t} and {o}", [o]) for o in unrelated + unseen for t in target])
+        sets["pairs"] = prompts, guidance
         asked["target in a pair"] = "pairs", [target] * n
-        asked["partner in a pair"] = "pairs", cycled([partner for _, partner in pairs], n)
+        asked["partner in a pair"] = "pairs", cycled(partners, n)
     scenes = [(b, s) for b in concept["backgrounds"] for s in concept["styles"]]
     things = cycled([concept["preserve"][0].replace("{}", o) for o in unrelated], len(scenes))
     said = [f"{o} {b}" if is_style else f"{o} {b} {s}" for o, (b, s) in zip(things, scenes)]
@@ -202,12 +192,10 @@ def plan_images(concept, n, guidance, also=()):
     return sets, asked
 
 def plan_suite(suite, concept, forgotten, prompts_of, words, args):
-    """What one suite asks -> its sets of pictures, {name: dict(prompts, n, guidance, ...)}, and its columns.
-
-    A column is dict(suite, column, metric, sets, asked, kind, unit, better, part): the figure is one part of
-    what the metric answers to the questions asked, a list a set, one a picture. prompts_of(name) is
-    promptsets.load_prompts's; words are what the harm metric looks for.
-    """
+    """What one suite asks -> its sets of pictures, {name: dict(prompts, n, guidance, ...)}, and its columns,
+    dict(suite, column, metric, sets, asked, kind, unit, better, part): the figure is one part of what the
+    metric answers to the questions asked, a list a set, one a picture. prompts_of(name) is load_prompts's;
+    words are what the harm metric looks for."""
     sets, columns = {}, []
     also = [c for c in forgotten if c is not concept]
     own, answers = ({}, {}) if suite in HARM else plan_images(concept, 100, args.sample_guidance, also)
@@ -228,7 +216,7 @@ def plan_suite(suite, concept, forgotten, prompts_of, words, args):
             found = prompts_of(name)
         except NotAvailable as error:
             take(name, [], 0, unavailable=str(error), shared=True)
-            return name, name
+            return SETS[name][0], name
         prompts, seeds = zip(*found["rows"])
         take(found["name"], prompts, len(prompts), seeds=None if None in seeds else list(seeds), shared=True)
         return found["title"], found["name"]
@@ -243,15 +231,15 @@ def plan_suite(suite, concept, forgotten, prompts_of, words, args):
         column(title, "judge", *names, asked=asked, kind="rate", unit="%", better=better, part=None)
 
     def harmful(title, *names, part):
-        column(title, "harm", *names, kind="count", better="lower", part=parts.index(part))
+        kind = "pictures" if part == "pictures" else "count"
+        column(title, "harm", *names, kind=kind, better="lower", part=parts.index(part))
 
     def unrelated_and_locality():
         column(f"{clip}, unrelated", "clip", "scenes")
         for part, side in enumerate(("inside", "outside")):
             column(f"pixels {side} of the mask", "locality", "target", unit="of 255", part=part,
                    better="lower" if side == "outside" else None)
-        names = [name for name in ("target", "preserved", "never seen") if name in sets]
-        for name in names:  # for the matrix: what each picture shows, as the judge is asked about it
+        for name in sets.keys() & {"target", "preserved", "never seen"}:  # for the matrix: what each shows
             sets[name] |= dict(shows=answers[name][1])
 
     def quality(name, **rewards):
@@ -269,21 +257,21 @@ def plan_suite(suite, concept, forgotten, prompts_of, words, args):
         take_own("target", "scenes", "preserved")  # the last is for the matrix
         judged("ACC", "target", asked=[[concept["concept"]]])
         category = next((names for names in CATEGORIES if concept["name"] in names), [])
-        others = {f"other, {name}": name for name in category if name != concept["name"]}
+        gone = {each["name"] for each in forgotten}
+        others = {f"other, {name}": name for name in category if name not in gone}
         for title, name in others.items():
             take(title, load_concept(args.model, name)["eval"], 100, shared=True)
         if others:
-            column(f"{clip}, the other two", "clip", *others)
+            column(f"{clip}, the other" + " two" * (len(others) == 2), "clip", *others)
         unrelated_and_locality()
     elif suite == "table8" and len(forgotten) > 1:
-        targets = {f"target, {c['name']}": [c["concept"]] for c in forgotten}
-        for each, title in zip(forgotten, targets):
-            take(title, each["eval"], 100)
-        judged("ACC", *targets, asked=list(targets.values()))
+        for each in forgotten:
+            take(f"target, {each['name']}", each["eval"], 100)
+        judged("ACC", *sets, asked=[[each["concept"]] for each in forgotten])
         take_own("scenes")
         column(clip, "clip", "scenes")
-        for title, asked in targets.items():
-            judged(title.replace("target", "ACC"), title, asked=[asked])
+        for each in forgotten:
+            judged(f"ACC, {each['name']}", f"target, {each['name']}", asked=[[each["concept"]]])
     elif suite == "table12":
         take("rephrased", concept["paraphrases"], 120)  # 15 prompts x 8; emoji-flux: 4 x 30
         judged("rephrased", "rephrased", asked=[[concept["concept"]]])

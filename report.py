@@ -2,7 +2,8 @@
 
 The page is one file without network or script, in light and dark; wide tables scroll in a box of their own,
 pictures of unsafe content are blurred until clicked. Beside each difference is the seed noise: the same
-difference between the base model and itself under other seeds. A difference that is no larger is grey.
+difference between the base model and itself under another seed. A difference no larger than that, or than
+an end of its interval, is grey.
 """
 import base64
 import csv
@@ -14,9 +15,7 @@ import re
 from html import escape
 from pathlib import Path
 
-from PIL import Image
-
-from sample import die, whole
+from sample import die, open_or_none, whole
 
 VERSION = 1  # of report.json: another one is refused
 FIGURES = ("before", "after", "difference", "floor")
@@ -154,7 +153,8 @@ def interval(figure, digits):
     return "" if None in ends else f"[{', '.join(number(end, digits) for end in ends)}]"
 
 def within_noise(cell):
-    """Is the difference no larger than what other seeds alone make of the base model? None: not known."""
+    """Is the difference no larger than what another seed alone makes of the base model, or than an end of that
+    figure's interval? None: not known."""
     floor, value = cell.get("floor") or {}, value_of(cell, "difference")
     reach = [abs(floor[key]) for key in ("value", "low", "high") if floor.get(key) is not None]
     return abs(value) <= max(reach) if reach and value is not None else None
@@ -184,8 +184,7 @@ def sentence(report, suite):
         fall = of(cells, column="Total" if "Total" in columns else columns[0])
         digits, unit = decimals(fall), f" {fall[0]['unit'] or ''}".rstrip()
         first, last = ([value_of(c, which) for c in fall] for which in ("before", "after"))
-        mean = [None if None in values else sum(values) / len(fall) for values in (first, last)]
-        mean = [number(value, digits) for value in mean]
+        mean = [number(None if None in some else sum(some) / len(fall), digits) for some in (first, last)]
         each = [f"{number(value, digits)}{unit} with {c['row']}" for value, c in zip(last, fall)]
         if report["compare"]:
             mean[1] = ", ".join(each)
@@ -221,7 +220,8 @@ def figures_html(report, cell, digits):
     shown = f"{number(before.get('value'), digits)} → {shown}"
     ranges = " → ".join(filter(None, (interval(before, digits), interval(after, digits))))
     paper = " → ".join(f"{x:g}" for x in (cell.get("paper") or {}).values() if x is not None)
-    noise = floor and f"seed noise {number(floor['value'], digits, '+')} {interval(floor, digits)}"
+    sign = "+" if change else ""  # what tells two sets apart has none
+    noise = floor and f"seed noise {number(floor['value'], digits, sign)} {interval(floor, digits)}"
     return (f"<td>{shown}{small(ranges)}{small(paper, 'the paper: ')}</td>"
             f'<td class="{"within" if grey else ""}">{number(change.get("value"), digits, "+")}'
             f"{small(interval(change, digits))}{small(noise, 'within ' if grey else '')}</td>")
@@ -257,10 +257,8 @@ def suite_html(report, suite):
 
 def picture_html(file, said, blurred):
     """One picture, at most 208 pixels a side, inside the page; a broken one says so."""
-    try:
-        with Image.open(file) as image:
-            image = image.convert("RGB")
-    except (OSError, SyntaxError, ValueError):  # PIL has many names for it
+    image = open_or_none(file)
+    if not image:
         return "cannot be read"
     image.thumbnail((208, 208))
     inside = io.BytesIO()
@@ -294,7 +292,7 @@ def chart(label, steps, values, low, high):
     """One curve as an SVG; beside the axes their ends."""
     width, height = (steps[-1] - steps[0]) or 1, (high - low) or 1
     points = " ".join(f"{44 + 280 * (x - steps[0]) / width:.1f},{130 - 110 * (y - low) / height:.1f}"
-                      for x, y in zip(steps, values) if y is not None)
+                      for x, y in zip(steps, values))
     return (f'<svg viewBox="0 0 340 150" role="img" aria-label="{label}, {low:.3g} to {high:.3g}, by step">'
             f'<path d="M44 20V130H324"/><polyline points="{points}"/><text x="44" y="12">{label}</text>'
             f'<text x="38" y="24" text-anchor="end">{high:.3g}</text>'
@@ -308,9 +306,8 @@ def html_text(report):
                     for row in dict.fromkeys(m["row"] for m in report["matrices"]))
     curves = ""
     for c in [c for c in report["curves"] if c["step"]]:
-        seen = [0, *(v for v in c["dS"] if v is not None)]
         curves += (f'<h3>{escape(c["row"])}</h3><div class="side">' +
-                   chart("dS", c["step"], c["dS"], min(seen), max(seen)) +
+                   chart("dS", c["step"], c["dS"], min(0, *c["dS"]), max(0, *c["dS"])) +
                    chart("alpha", c["step"], c["alpha"], 0, 1) + "</div>")
     cost = [(escape(c["row"]), "".join(f"<td>{number(c.get(key), digits)}</td>" for key, digits in (
         ("seconds", 0), ("peak_gib", 2), ("forwards", 0)))) for c in report["cost"]]
@@ -341,7 +338,8 @@ def html_text(report):
             f'<code>{escape(report["command"])}</code></p>\n<nav aria-label="Sections">' +
             "".join(f'<a href="#{key}">{escape(head)}</a> ' for key, head, _ in sections) + "</nav>\n"
             '<p class="note">In brackets: 95 % intervals. Seed noise: the same difference between the base '
-            f"model and itself under other seeds; a difference that is no larger is grey.{bold}</p>\n" +
+            "model and itself under another seed; a difference no larger than that, or than an end of its "
+            f"interval, is grey.{bold}</p>\n" +
             "".join(f'<section id="{key}"><h2>{escape(head)}</h2>\n{text}</section>\n'
                     for key, head, text in sections) + "</main></body></html>\n")
     return re.sub(r"(?=</h[1-3]>)", lambda _: mark, page)  # names are escaped: these are the page's headings

@@ -483,12 +483,18 @@ def save_image(image, path):
     with whole(path) as half:
         image.save(half, format="PNG")
 
-def open_image(path, size=None):
-    """An image as RGB, a mask as L; a corrupt one, or one of another (width, height), is named."""
+def open_or_none(path, mode="RGB"):
+    """A picture; None for one that cannot be read."""
     try:
         with Image.open(path) as image:
-            image = image.convert("L" if path.name.endswith(".mask.png") else "RGB")
+            return image.convert(mode)
     except (OSError, SyntaxError, ValueError):  # PIL has many names for it
+        return None
+
+def open_image(path, size=None):
+    """An image as RGB, a mask as L; a corrupt one, or one of another (width, height), is named."""
+    image = open_or_none(path, "L" if path.name.endswith(".mask.png") else "RGB")
+    if not image:
         die(f"{path}: cannot be read; delete it and run the same command again", 1)
     if size and image.size != size:
         die(f"{path}: is {image.size}, not {size}; delete it and run the same command again", 1)

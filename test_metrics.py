@@ -83,6 +83,10 @@ def test_summary_of_a_rate_counts_what_is_above_zero_and_could_be_read():
     found = metrics.summary([1, 0, 2, NAN, 0, True], "rate")
     low, high = metrics.wilson(3, 5)
     assert found == dict(value=60.0, low=low, high=high, n=5)
+    none = metrics.summary([0] * 100, "pictures")  # of which a bootstrap would be sure
+    assert (none["value"], none["low"], none["n"]) == (0, 0, 100)
+    assert none["high"] == pytest.approx(3.70, abs=0.01)
+    assert metrics.summary([3, 0, 2, NAN, 0, True], "pictures")["value"] == 3
 
 
 def test_interval_of_a_mean_and_of_a_sum_is_that_of_the_normal_distribution():
@@ -122,6 +126,7 @@ def test_difference_is_after_minus_before_over_pairs():
     before, after = np.array([1, 1, 1, 0, NAN, 1]), np.array([0, 0, 1, 1, 1, NAN])
     found = {kind: metrics.paired(before, after, kind) for kind in ("rate", "mean", "count")}
     assert [found[k]["value"] for k in ("rate", "mean", "count")] == [-25, -0.25, -1]
+    assert metrics.paired(before, after, "pictures") == found["count"]
     assert all(f["n"] == 4 and f["low"] <= f["value"] <= f["high"] for f in found.values())
     with pytest.raises(ValueError):
         metrics.paired([1], [1, 0], "mean")  # no broadcasting
@@ -183,8 +188,11 @@ def test_locality_sees_an_edited_region():
     after[1][~region] += np.where(after[1][~region] > 127, -6, 6)
     after[2][:] = 0
     masks = np.stack([region, region, np.zeros_like(region), np.ones_like(region)])
-    found = metrics.locality(before, [Image.fromarray(a.astype(np.uint8)) for a in after], masks)
+    after = [Image.fromarray(a.astype(np.uint8)) for a in after]
+    found = metrics.locality(before, after, masks)
     np.testing.assert_allclose(found, [[10, 0], [0, 6], [NAN, NAN], [0, NAN]], atol=1e-12)
+    found = metrics.locality([None, *before[1:]], after[:3] + [None], masks)  # those that cannot be read
+    np.testing.assert_allclose(found, [[NAN, NAN], [0, 6], [NAN, NAN], [NAN, NAN]], atol=1e-12)
     with pytest.raises(ValueError):
         metrics.locality(before, after[:3], masks)
 

@@ -832,10 +832,10 @@ def test_evaluation_of_a_run(copied, capsys):
         assert (copied / "run" / name).stat().st_size > 1000
     assert "target, guidance 5" in capsys.readouterr().out
     card = copied / "run" / "README.md"
-    assert "## cat, seed 0" not in card.read_text()  # a quick look is no figure of the model's
+    assert "## cat, concept, table1, seed 0" not in card.read_text()  # a quick look is no figure of the model's
     for _ in range(2):
         evaluate.show(report | dict(limit=None), copied / "run")
-        assert card.read_text().count("## cat, seed 0") == 1
+        assert card.read_text().count("## cat, concept, table1, seed 0") == 1
         assert "| concept: partner in a pair | 4 |" in card.read_text()
     before, after = report["matrices"]
     assert before["when"] == "before" and before["named"][0] == "a cat" and "a tiger" in before["asked"]
@@ -885,7 +885,8 @@ def test_identity_lora_changes_no_figure_at_all(copied, tmp_path):
             assert figure["value"] == pytest.approx(0, abs=1e-6)
     assert any(c["floor"]["value"] for c in report["cells"] if c["floor"])  # seed noise is not nothing
     assert {c["suite"] for c in report["cells"]} == set(evaluate.SUITES) - {"table8"}
-    assert all(grid["blurred"] for grid in report["grids"] if "i2p" in grid["set"])
+    assert all(grid["blurred"] == ("i2p" in grid["set"] or "attack" in grid["set"]) for grid in report["grids"])
+    assert {c["seed"] for c in report["cells"] if c["suite"] == "table2"} == {"own"}  # those of its csv files
 
 
 def test_destroyed_model_scores_badly_on_everything_that_should_stay(copied, tmp_path):
@@ -953,6 +954,19 @@ def test_pictures_made_elsewhere_are_scored_like_a_loras(copied, tmp_path, capsy
     assert figures(report)["table12", "rephrased"]["n"] == 3 and report["broken"] == [str(broken)]
 
 
+def test_group_of_which_no_picture_can_be_read_has_an_empty_row_in_the_matrix(copied, tmp_path, capsys):
+    shutil.copytree(copied / "run", tmp_path / "run")
+    broken = tmp_path / "run" / "after" / "cat" / "preserved" / "000.png"  # the only one of its group
+    broken.write_bytes(broken.read_bytes()[:60])
+    given = ["--suite", "concept", "table1"]
+    line = refusal(lambda: evaluation(tmp_path / "run", copied / "base", *given), capsys, code=1)
+    assert "1 pictures cannot be read" in line and "preserved/000.png" in line
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert figures(report)["concept", "preserved"]["n"] == 3
+    _, after = report["matrices"]
+    assert [set(shares) == {None} for shares in after["percent"]].count(True) == 1
+
+
 def test_network_that_cannot_be_had_leaves_its_cell_without_a_number(copied, tmp_path, monkeypatch, capsys):
     def away(*given):
         raise OSError("no network")
@@ -990,18 +1004,21 @@ def test_lora_of_a_concept_without_a_file_is_asked_what_is_not_about_it(copied, 
     ("--lora {run} --suite table8", "forget several concepts"),
     ("--lora {run} --suite table2 --prompt-set cocoo=x", "cocoo"),
     ("--lora {bare} --concept gnome --task ip --suite table1 table4", "table1 asks about the"),
+    ("--compare {run} {both} --concept cat", "forget the same, these forget cat, cat + dog"),
     ("--lora {old}", "version")])
 def test_bad_evaluation_is_one_line_before_work(copied, tmp_path, capsys, given, named):
-    for name in ("other", "bare", "old"):
+    for name in ("other", "bare", "old", "both"):
         (tmp_path / name).mkdir()
         shutil.copy(copied / "run" / WEIGHTS, tmp_path / name)
     record = json.loads((copied / "run" / "args.json").read_text())
     (tmp_path / "old" / "args.json").write_text(json.dumps(record))
     (tmp_path / "old" / "report.json").write_text(json.dumps(dict(version=0)))
+    both = record | dict(settings=record["settings"] | dict(concept=["cat", "dog"]))
+    (tmp_path / "both" / "args.json").write_text(json.dumps(both))
     record["settings"]["model"] = "another/base"
     (tmp_path / "other" / "args.json").write_text(json.dumps(record))
     (tmp_path / "bare" / "words.csv").write_text("text\na dog\n")
-    places = {name: tmp_path / name for name in ("other", "bare", "old")} | dict(run=copied / "run")
+    places = {name: tmp_path / name for name in ("other", "bare", "old", "both")} | dict(run=copied / "run")
     line = refusal(lambda: evaluation(None, tmp_path / "base", *given.format(**places).split()), capsys)
     assert named in line and not (tmp_path / "base").exists()
 
