@@ -9,10 +9,17 @@ Nothing is downloaded but configs, and for FLUX.1 not even those. A plan runs th
 that have shapes and no memory, and counts what lives at once.
 """
 import argparse
+import contextlib
+import ctypes
+import functools
+import gc
 import json
+import shutil
+import time
+import weakref
 from pathlib import Path
 
-from sample import WEIGHT_BYTES, die, guarded, number
+from sample import WEIGHT_BYTES, die, generate, guarded, load_denoiser, number, peak_memory, place, stage
 
 def arguments(given=None):
     raw = argparse.RawDescriptionHelpFormatter
@@ -20,7 +27,7 @@ def arguments(given=None):
     parser.error = die
     what = parser.add_mutually_exclusive_group(required=True)
     for flag in ("plan", "memory", "step", "proof"):
-        what.add_argument(f"--{flag}", action="store_true")
+        what.add_argument(f"--{flag}", dest="work", action="store_const", const=flag)
     parser.add_argument("--model", default="black-forest-labs/FLUX.1-dev", help="default %(default)s")
     parser.add_argument("--size", type=number(int), help="pixels a side (default: the VAE's sample_size)")
     parser.add_argument("--batch", type=number(int), default=1, help="forget images a step (default 1)")
@@ -32,14 +39,6 @@ def arguments(given=None):
 
 ARGS = arguments() if __name__ == "__main__" else None  # before the slow imports: --help answers at once
 
-import ctypes  # noqa: E402
-import functools  # noqa: E402
-import gc  # noqa: E402
-import shutil  # noqa: E402
-import time  # noqa: E402
-import weakref  # noqa: E402
-
-import psutil  # noqa: E402
 import torch  # noqa: E402
 from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel  # noqa: E402
 from huggingface_hub import hf_hub_download  # noqa: E402
@@ -53,7 +52,6 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 import train  # noqa: E402
 from inpo import inpo_loss  # noqa: E402
-from sample import generate, load_denoiser, peak_memory, place, stage  # noqa: E402
 
 GIB = 2**30
 # FLUX.1's published configs, where they differ from the classes' defaults; schnell has no guidance
@@ -80,13 +78,11 @@ def config_of(model, part):
 def build(part, config, **changed):
     """A pipeline's network on the meta device: shapes, no memory."""
     config = {k: v for k, v in config.items() if not k.startswith("_")} | changed
+    make = dict(transformer=FluxTransformer2DModel.from_config, vae=AutoencoderKL.from_config,
+                text_encoder=lambda config: CLIPTextModel(CLIPTextConfig(**config)),
+                text_encoder_2=lambda config: T5EncoderModel(T5Config(**config)))
     with torch.device("meta"):
-        if part == "text_encoder":
-            return CLIPTextModel(CLIPTextConfig(**config)).requires_grad_(False)
-        if part == "text_encoder_2":
-            return T5EncoderModel(T5Config(**config)).requires_grad_(False)
-        network = dict(transformer=FluxTransformer2DModel, vae=AutoencoderKL)[part]
-        return network.from_config(config).requires_grad_(False)
+        return make[part](config).requires_grad_(False)
 
 class Peak(TorchDispatchMode):
     """Counts the bytes of all storages that live at once, and the most of them, but for the weights."""
@@ -159,15 +155,15 @@ def plan(args, texts=None, states=3.5):
     and where they do not start at 0, which is A's half, the first values.
     """
     dtype = getattr(torch, args.dtype)
-    config = {part: config_of(args.model, part) for part in FLUX}
-    numel = {part: sum(p.numel() for p in build(part, config[part]).parameters()) for part in FLUX}
-    vae = build("vae", config["vae"])
-    size = args.size or config["vae"]["sample_size"]
+    networks = {part: build(part, config_of(args.model, part)) for part in FLUX}
+    numel = {part: sum(p.numel() for p in network.parameters()) for part, network in networks.items()}
+    vae = networks["vae"]
+    size = args.size or vae.config.sample_size
     side = size // 2 ** (len(vae.config.block_out_channels) - 1)  # latent cells
     tokens, texts, B = side * side // 4, texts or text_length(args.model), 2 * args.batch
 
     def flux(checkpointing=False, **changed):
-        network = build("transformer", config["transformer"], **changed)
+        network = build("transformer", config_of(args.model, "transformer"), **changed)
         train.add_lora(network, 4, 0)
         if checkpointing:
             network.enable_gradient_checkpointing()
@@ -178,13 +174,11 @@ def plan(args, texts=None, states=3.5):
     linears = [m.weight.numel() for m in tuned.modules() if isinstance(m, torch.nn.Linear)]
     blocks = [sum(p.numel() for p in kind[0].parameters())
               for kind in (tuned.transformer_blocks, tuned.single_transformer_blocks)]
-    text = watch(build("text_encoder_2", config["text_encoder_2"]),
-                 call("forward", 1, texts, dtype=torch.int64), dtype)[0]
+    text = watch(networks["text_encoder_2"], call("forward", 1, texts, dtype=torch.int64), dtype)[0]
     latents = args.sample_batch, vae.config.latent_channels, side, side
     decoded, _, decode_flop = watch(vae, call("decode", *latents), dtype)
     encoded, _, encode_flop = watch(vae, call("encode", 1, 3, size, size), dtype)
-    drawn, _, flop = watch(build("transformer", config["transformer"]),
-                           predict(args.sample_batch, tokens, texts), dtype)
+    drawn, _, flop = watch(networks["transformer"], predict(args.sample_batch, tokens, texts), dtype)
     plain = watch(tuned, predict(B, tokens, texts, True), dtype)[0]
     # with checkpointing: what all blocks are given, and within one block at a time
     given = watch(flux(checkpointing=True), predict(B, tokens, texts, False), dtype)[1]
@@ -279,7 +273,6 @@ def random_run(model, out, batch, *flags):
 def measure_memory(args):
     """The plan beside the peaks of train.py's own stages, above what the process holds before each. The first
     rows only warm up: what libraries load at their first use stays in the process."""
-    process = psutil.Process()
     print(f"{'batch':>6} {'stage':24}{'planned':>10}{'measured':>10}  MiB above idle")
     for batch in (1, 32, 64, 128):
         for flags in ((), ("--checkpointing",)):
@@ -288,63 +281,57 @@ def measure_memory(args):
             args.batch, args.sample_batch, args.dtype = batch, batch, str(run.dtype)[6:]
             planned = plan(args)[0]
             gc.collect()
-            idle = process.memory_info().rss
             if not flags:
                 with stage("sample", args.out) as peak:
                     pipe = place(load_denoiser(run), run)
                     generate(pipe, data[2], [""] * batch, range(batch), 3, 3.5, run.size)
                     del pipe
-                print_pair(batch, "sample", planned, peak, idle)
-                idle = process.memory_info().rss
+                print_pair(batch, "sample", planned, peak)
             with stage("train", args.out) as peak:
                 train.train(load_denoiser(run), *data, run)
-            print_pair(batch, " ".join(("train", *flags)), planned, peak, idle)
+            print_pair(batch, " ".join(("train", *flags)), planned, peak)
 
-def print_pair(batch, name, planned, peak, idle):
-    print(f"{batch:6} {name:24}{planned[name]['none'] / 2**20:10.0f}{(peak[0] - idle) / 2**20:10.0f}")
+def print_pair(batch, name, planned, peak):
+    print(f"{batch:6} {name:24}{planned[name]['none'] / 2**20:10.0f}{(peak[1] - peak[0]) / 2**20:10.0f}")
 
 def measure_step(args, rounds=20):
     """train.py's step against a bare loop: the same forwards, backward, optimizer, threads, cached inputs."""
     run, (forget, preserve, embeds, (preset,)) = random_run(args.model, args.out, args.batch)
-    sides = {}
-    for name in ("train.py", "bare loop"):
+    sides = []
+    for _ in ("ours", "bare"):
         transformer = place(load_denoiser(run), run).transformer
         params = train.add_lora(transformer, run.rank, 0)
-        sides[name] = transformer, params, train.make_optimizer(params, run)
+        sides.append((transformer, params, train.make_optimizer(params, run)))
     cached = next(iter(train.batch_of(0, forget[0], preserve, embeds, run)))
 
-    def ours(transformer, params, optimizer, step):
+    def ours(transformer, params, step):
         for part in train.batch_of(step, forget[0], preserve, embeds, run):
             train.iteration(transformer, *part, preset)[0].backward()
         torch.nn.utils.get_total_norm([p.grad for p in params])
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
 
-    def bare(transformer, params, optimizer, step):
+    def bare(transformer, params, step):
         x, mask, states, pooled, sigma, eps = cached
         t = sigma[:, None, None]  # (2B, 1, 1)
         z, target, half = (1 - t) * x + t * eps, eps - x, len(mask)  # (2B, L, D)
-        transformer.disable_adapters()
-        with torch.no_grad():
+        with train.reference(transformer):
             v_ref = train.predict(transformer, z, sigma, states, pooled, run.guidance)
-        transformer.enable_adapters()
         v = train.predict(transformer, z, sigma, states, pooled, run.guidance)
         S, S_ref = ((mask * (u - target)[:half] ** 2).sum((1, 2)) / mask.sum((1, 2)) for u in (v, v_ref))
         dS = S - S_ref  # (B,)
         loss = (2 * torch.sigmoid(-3 * (dS - 0.1)) * torch.nn.functional.softplus(-dS)).mean()
         (loss + 0.6 * (v[half:] - v_ref[half:]).square().mean()).backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
 
-    process, seconds, peaks = psutil.Process(), dict(ours=[], bare=[]), dict(ours=[], bare=[])
+    seconds, peaks = dict(ours=[], bare=[]), dict(ours=[], bare=[])
     for step in tqdm(range(rounds), desc="interleaved steps"):
-        for work, side in ((ours, sides["train.py"]), (bare, sides["bare loop"])):
+        for work, (transformer, params, optimizer) in zip((ours, bare), sides):
             gc.collect()
-            idle, start = process.memory_info().rss, time.perf_counter()
+            start = time.perf_counter()
             with peak_memory() as peak:
-                work(*side, step)
+                work(transformer, params, step)
+                optimizer.step()
+                optimizer.zero_grad()
             seconds[work.__name__].append(time.perf_counter() - start)
-            peaks[work.__name__].append(peak[0] - idle)
+            peaks[work.__name__].append(peak[1] - peak[0])
     for what, found, unit in (("time", seconds, 1e-3), ("memory above idle", peaks, 2**20)):
         mine, other = (sorted(found[name])[rounds // 2] / unit for name in ("ours", "bare"))
         print(f"{what}: train.py {mine:.0f}, bare loop {other:.0f} {'ms' if unit < 1 else 'MiB'}, "
@@ -353,7 +340,6 @@ def measure_step(args, rounds=20):
 def proof(args):
     """FLUX.1-dev's transformer, 11.9 B random int8 weights, two steps by train.py's own loss function."""
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
-    idle = psutil.Process().memory_info().rss
     run = argparse.Namespace(loss="inpo", beta=1.0, detach_gate=False, guidance=1.0, **train.TABLE6["object"])
     with stage("build", args.out) as build_peak:
         transformer = build("transformer", FLUX["transformer"])
@@ -392,7 +378,7 @@ def proof(args):
     same = all(torch.equal(loaded[f"transformer.{name}"], value) for name, value in saved.items())
     args.batch, args.size, args.dtype = 1, 64, "float32"
     planned = plan(args, texts=32, states=2)[0]["train --checkpointing"]["int8"]
-    peak = max(build_peak[0], train_peak[0])
+    idle, peak = build_peak[0], max(build_peak[1], train_peak[1])
     print(f"LoRA: {sum(p.numel() for p in params):,} parameters, saved and loaded again: "
           f"{'the same' if same else 'NOT the same'}; loss {' > '.join(f'{v:.6f}' for v in losses)}")
     print(f"peak {peak / GIB:.2f} GiB of RSS; above idle {(peak - idle) / GIB:.2f}, "
@@ -401,10 +387,10 @@ def proof(args):
         die("--proof: failed", 1)
 
 def main(args):
-    if not (args.plan or args.proof):  # else freed memory stays in the process, and RSS says little
-        ctypes.CDLL(None).mallopt(-3, 65536)  # M_MMAP_THRESHOLD of glibc
-    {"plan": show_plan, "memory": measure_memory, "step": measure_step,
-     "proof": proof}[next(name for name in ("plan", "memory", "step", "proof") if getattr(args, name))](args)
+    if args.work in ("memory", "step"):  # else freed memory stays in the process, and RSS says little
+        with contextlib.suppress(AttributeError):  # only glibc has it
+            ctypes.CDLL(None).mallopt(-3, 65536)  # M_MMAP_THRESHOLD
+    dict(plan=show_plan, memory=measure_memory, step=measure_step, proof=proof)[args.work](args)
 
 if __name__ == "__main__":
     guarded(main, ARGS)

@@ -24,7 +24,9 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
-from sample import TASKS, die, drawing_flags, mask_flags, model_flags, number
+from sample import (TASKS, check_set, contact_sheet, die, drawing_flags, encode_prompts, ending, fingerprint,
+                    guarded, load_concept, load_denoiser, mask_flags, model_flags, number, open_or_none,
+                    place, read_settings, sample_set, seed_of, setup, stage, write_text)
 
 SUITES = "concept table1 table2 table3 table4 table5 table7 table8 table12".split()
 ROUND = 1000  # prompts that are encoded at once
@@ -86,9 +88,6 @@ import metrics  # noqa: E402
 from mask import find_masks  # noqa: E402
 from promptsets import HARM, SETS, cycled, load_prompts, own_sets, plan_suite  # noqa: E402
 from report import FIGURES, VERSION, decimals, of, paper_figure, read_report, write_report  # noqa: E402
-from sample import (check_set, contact_sheet, encode_prompts, ending, fingerprint, guarded,  # noqa: E402
-                    load_concept, load_denoiser, open_or_none, place, read_settings, sample_set, seed_of,
-                    setup, stage, write_text)
 
 def network_id(name):
     """A network's name with its revision: the hub's commit, or a checksum of its weights here."""
@@ -568,7 +567,8 @@ def show(report, folder):
                   "".join(" " + text.rjust(width) for text, width in zip(said, (22, 22, 24, 10))))
             n = cell["after"]["n"] if cell["after"] else ""
             table += f"| {cell['suite']}: {cell['column']} | {n} | {' | '.join(said)} |\n"
-        card, title = Path(row["lora"]) / "README.md", f"\n## {row['name']}, {', '.join(report['suites'])}, seed {report['seed']}"
+        card = Path(row["lora"]) / "README.md"
+        title = f"\n## {row['name']}, {', '.join(report['suites'])}, seed {report['seed']}"
         if card.exists() and (card.parent / WEIGHTS).exists() and not report["limit"]:
             text = re.sub(rf"{re.escape(title)}\n.*?(?=\n## |\Z)", "", card.read_text(), flags=re.DOTALL)
             write_text(card, f"{text}{title}\n\n{table}")

@@ -11,7 +11,8 @@ import argparse
 from functools import partial
 from pickle import UnpicklingError
 
-from sample import mask_flags, model_flags
+from sample import (check_settings, contact_sheet, die, guarded, keep_settings, mask_flags, model_flags,
+                    open_image, save_image, setup)
 
 def arguments(given=None):
     parser = argparse.ArgumentParser(description=__doc__)
@@ -30,9 +31,6 @@ from segment_anything.modeling import (ImageEncoderViT, MaskDecoder, PromptEncod
 from torchvision.ops import nms  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor  # noqa: E402
-
-from sample import (check_settings, contact_sheet, die, guarded, keep_settings, open_image,  # noqa: E402
-                    save_image, setup)
 
 def build_sam(img_size, patch, width, depth, heads, global_blocks, window, decoder_width, decoder_mlp):
     """A Sam of any size; sam_model_registry builds the three published ones only."""
@@ -148,9 +146,8 @@ def make_masks(files, concept, args):
     masks = {f: f.with_suffix(".mask.png") for f in files}
     images = {f: open_image(f) for f in files}
     todo = [f for f in files if not masks[f].exists()]
-    if todo:  # find_masks loads its networks even for none
-        for file, mask in zip(todo, find_masks([images[f] for f in todo], concept, args)):
-            save_image(Image.fromarray(mask), masks[file])  # an empty one records that nothing was found
+    for file, mask in zip(todo, find_masks([images[f] for f in todo], concept, args)):
+        save_image(Image.fromarray(mask), masks[file])  # an empty one records that nothing was found
     found = {f: np.asarray(open_image(masks[f], images[f].size)) > 127 for f in files}
     kept = [f for f in files if found[f].any()]
     area = np.mean([found[f].mean() for f in kept]) if kept else 0

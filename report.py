@@ -153,8 +153,8 @@ def interval(figure, digits):
     return "" if None in ends else f"[{', '.join(number(end, digits) for end in ends)}]"
 
 def within_noise(cell):
-    """Is the difference no larger than what another seed alone makes of the base model, or than an end of that
-    figure's interval? None: not known."""
+    """Is the difference no larger than what another seed alone makes of the base model, or than an end of
+    that figure's interval? None: not known."""
     floor, value = cell.get("floor") or {}, value_of(cell, "difference")
     reach = [abs(floor[key]) for key in ("value", "low", "high") if floor.get(key) is not None]
     return abs(value) <= max(reach) if reach and value is not None else None

@@ -26,11 +26,6 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
-try:
-    import fcntl
-except ImportError:  # Windows has none
-    fcntl = None
-
 ROOT = Path(__file__).resolve().parent
 # flag -> where it is in the model's folder, else on the hub
 HUB = dict(detector=("detector", "google/owlv2-base-patch16-ensemble"),
@@ -71,14 +66,11 @@ def model_flags(parser, needs_concept=True, out="default out/MODEL-CONCEPT, with
     parser.add_argument("--device", choices=["cpu", "cuda", "mps"], help="default: cuda where there is one")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on cuda")
 
-def memory_flags(parser):
+def drawing_flags(parser):
     parser.add_argument("--quantize", choices=list(WEIGHT_BYTES), default="none",
                         help="the frozen weights: int8 by torchao, nf4 by bitsandbytes (default none)")
     parser.add_argument("--offload", action="store_true",
                         help="they wait in main memory, a layer at a time is on the device: slow")
-
-def drawing_flags(parser):
-    memory_flags(parser)
     parser.add_argument("--size", type=number(int), help="pixels a side (default: the VAE's sample_size)")
     parser.add_argument("--sample-steps", type=number(int), default=28, help="denoising steps (default 28)")
     parser.add_argument("--sample-guidance", type=number(strict=False), default=3.5, help="default 3.5")
@@ -121,6 +113,7 @@ if not {"-h", "--help"} & set(sys.argv):  # the other scripts import their flags
     from accelerate import PartialState
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module
     from diffusers import BitsAndBytesConfig, FluxPipeline, PipelineQuantizationConfig, TorchAoConfig
+    from filelock import FileLock, Timeout
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
     from huggingface_hub.errors import (GatedRepoError, HfHubHTTPError, HFValidationError,
                                         RepositoryNotFoundError)
@@ -160,7 +153,7 @@ def guarded(main, args):
         die(f"interrupted; {go_on}", 130)
     except (OSError, RuntimeError, MemoryError, SafetensorError) as error:  # a full disk, say
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "not enough memory" in str(error):
-            if not {"sample_batch", "quantize"} <= vars(args).keys():
+            if "quantize" not in args:  # mask.py, bench.py
                 die("out of memory; python bench.py --plan says what each stage needs", 1)
             from bench import savings  # which imports train.py, and that this
             print("out of memory: planning which flags need less ...")
@@ -176,6 +169,12 @@ def allowed(prompts, what):
         print(f"{what}: {words.total()} of {len(prompts)} prompts dropped, they mention minors ({by_word})")
     return [p for p, m in zip(prompts, found) if not m]
 
+def read_text(path, flag=""):
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        die(f"{flag}{path}: is no readable UTF-8 text ({type(error).__name__})")
+
 def load_concept(model, name):
     """Read NAME.txt (format: README.md) from the model's prompts/ or ours -> dict of strings and lists."""
     folder = Path(model) / "prompts" if (Path(model) / "prompts").is_dir() else ROOT / "prompts"
@@ -183,12 +182,8 @@ def load_concept(model, name):
     if name not in known:
         die(f"--concept {name}: known are {', '.join(known)}; for another write {path} "
             "(README: a concept is a file)")
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError:
-        die(f"{path}: is not UTF-8 text")
     found, section = dict(name=name), None
-    for line in filter(None, map(str.strip, lines)):
+    for line in filter(None, map(str.strip, read_text(path).splitlines())):
         if line.startswith("["):
             section = found.setdefault(line.strip("[]"), [])
         elif section is not None:
@@ -207,14 +202,11 @@ def load_concept(model, name):
 
 def read_prompts(flag, path):
     """The lines of a text file of prompts, less what the filter drops."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        die(f"{flag} {path}: is no readable UTF-8 text ({type(error).__name__})")
-    lines = allowed(list(filter(None, map(str.strip, lines))), f"{flag} {path}")
+    lines = map(str.strip, read_text(path, f"{flag} ").splitlines())
+    lines = allowed(list(filter(None, lines)), f"{flag} {path}")
     return lines or die(f"{flag} {path}: holds no prompt")
 
-def open_own(file, as_mask=False):
+def open_own(file):
     """A user's picture as RGB, a mask as L: turned by EXIF, on white, 16 bits as 8, an animation's first."""
     try:
         with Image.open(file) as image:
@@ -224,8 +216,8 @@ def open_own(file, as_mask=False):
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return image.convert("L" if as_mask else "RGB")
-    except (OSError, SyntaxError, ValueError) as error:
+            return image.convert("L" if file.name.endswith(".mask.png") else "RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         die(f"--images: {file} cannot be read ({type(error).__name__}): mend it or take it away")
 
 def own_pictures(args):
@@ -238,11 +230,11 @@ def own_pictures(args):
         text, by_mask = file.with_suffix(".txt"), file.with_suffix(".mask.png")
         if not text.exists() and not args.caption:
             die(f"--images: {file} has no caption: write {text}, or give --caption")
-        caption = text.read_text("utf-8") if text.exists() else args.caption.replace("{}", args.concept[0])
+        caption = read_text(text) if text.exists() else args.caption.replace("{}", args.concept[0])
         rows.append((file, " ".join(caption.split())))
         image = open_own(file)
         if by_mask.exists():
-            mask = open_own(by_mask, as_mask=True)
+            mask = open_own(by_mask)
             if mask.size != image.size:
                 die(f"--images: {by_mask} is {mask.size}, its picture {image.size}")
             low, high = mask.getextrema()
@@ -302,19 +294,15 @@ def check_model(args):
 
     here, folder = Path(model).is_dir(), Path(model)
     if not here:
-        try:  # the pipeline's own folders: a download leaves out what lies beside them
-            wanted = ["model_index.json", "*/*"]
+        wanted = ["model_index.json", "*/*"]  # a download leaves out what lies beside the pipeline's folders
+        with contextlib.suppress(OSError, HFValidationError):
             folder = Path(snapshot_download(model, local_files_only=True, allow_patterns=wanted))
-        except (OSError, HFValidationError):
-            folder = None
-        if folder and not (folder / "model_index.json").exists():  # an earlier check left its config there
-            folder = None
-    if folder:
+    if here or (folder / "model_index.json").exists():  # an earlier check left no more than a config there
         index, config = folder / "model_index.json", folder / "vae" / "config.json"
         if not index.exists() or "FluxPipeline" not in index.read_text():
             refuse(f"{folder} holds no FluxPipeline (model_index.json)")
         paths = sorted(folder.glob("*/*.safetensors"))
-        files = {p.relative_to(folder).as_posix(): p.stat().st_size for p in paths}
+        files = [(p.parent.name, p.stat().st_size) for p in paths]
         weights = fingerprint(paths + sorted(folder.glob("*.pth"))) if here else folder.name  # its commit
     else:
         try:
@@ -330,29 +318,25 @@ def check_model(args):
         except Exception as error:  # every HTTP stack has a class of its own for "no network"
             refuse(f"no folder here, not cached, and the hub cannot be reached ({type(error).__name__}): "
                    "connect, or pass a folder")
-        files = {f.rfilename: f.size for f in info.siblings
-                 if re.fullmatch(r"[^/]+/[^/]+\.safetensors", f.rfilename)}
+        files = [(f.rfilename.split("/")[0], f.size) for f in info.siblings
+                 if re.fullmatch(r"[^/]+/[^/]+\.safetensors", f.rfilename)]
         weights = info.sha
     if not files or not config.exists():
         refuse("has no */*.safetensors or no vae/config.json")
     need = Counter()
-    for name, n_bytes in files.items():
-        part = name.split("/")[0]
+    for part, n_bytes in files:
         small = WEIGHT_BYTES[getattr(args, "quantize", "none")] if part == "transformer" else None
         need[part] += n_bytes / 2 * (small or args.dtype.itemsize)  # on disk a weight is two bytes
-    free = {"cpu": psutil.virtual_memory().available}
-    if device == "cuda":
-        free["cuda"] = torch.cuda.mem_get_info()[0]
     for part, n_bytes in need.most_common():
         where = "cpu" if part == "transformer" and getattr(args, "offload", False) else device
-        if n_bytes > free.get(where, free["cpu"]):
+        free = torch.cuda.mem_get_info()[0] if where == "cuda" else psutil.virtual_memory().available
+        if n_bytes > free:
             smaller = ", ".join(f"{n_bytes / 2**30 * small / args.dtype.itemsize:.2f} with --quantize {how}"
                                 for how, small in WEIGHT_BYTES.items() if small and part == "transformer")
             refuse(f"its {part} needs {n_bytes / 2**30:.2f} GiB in {str(args.dtype)[6:]}" +
-                   f" ({smaller})" * bool(smaller) +
-                   f", {where} has {free.get(where, free['cpu']) / 2**30:.2f} GiB free")
-    vae, size = json.loads(config.read_text()), getattr(args, "size", None)
-    size, step = size or vae["sample_size"], 2 * 2 ** (len(vae["block_out_channels"]) - 1)
+                   f" ({smaller})" * bool(smaller) + f", {where} has {free / 2**30:.2f} GiB free")
+    vae = json.loads(config.read_text())
+    size, step = getattr(args, "size", None) or vae["sample_size"], 2 ** len(vae["block_out_channels"])
     if size % step:
         die(f"--size {size}: must be a multiple of {step}, the VAE's factor times FLUX's 2 x 2 packing")
     return size, weights
@@ -378,8 +362,7 @@ def setup(args):
     args.size, args.weights = check_model(args)
     if "sample_batch" in args:  # 5 at 1024 pixels a side, more at less
         args.sample_batch = args.sample_batch or max(1, min(25, 5 * 1024**2 // args.size**2))
-    name = f"{Path(args.model).name}-{'+'.join(args.concept)}{ending(args.seed)}"
-    args.out = args.out or Path("out") / name
+    args.out = args.out or Path("out", f"{Path(args.model).name}-{'+'.join(args.concept)}{ending(args.seed)}")
     there = next(p for p in (args.out, *args.out.absolute().parents) if p.exists())
     if not (there.is_dir() and os.access(there, os.W_OK)):
         die(f"--out {args.out}: {there} is no folder that can be written to")
@@ -418,13 +401,13 @@ def keep_settings(path, settings):
 
 @contextlib.contextmanager
 def peak_memory():
-    """-> a list of one number: at the end of the block the most bytes of RSS that a thread saw during it."""
+    """-> [bytes of RSS at the start, the most that a thread saw by the end of the block]."""
     process, over = psutil.Process(), threading.Event()
-    peak = [process.memory_info().rss]
+    peak = [process.memory_info().rss] * 2
 
     def watch():
         while not over.wait(0.005):
-            peak[0] = max(peak[0], process.memory_info().rss)
+            peak[1] = max(peak[1], process.memory_info().rss)
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
@@ -446,7 +429,7 @@ def stage(name, out):
         yield peak
     gc.collect()
     torch.cuda.empty_cache()
-    seconds, rss = time.perf_counter() - start, peak[0] / 2**30
+    seconds, rss = time.perf_counter() - start, peak[1] / 2**30
     cuda = torch.cuda.max_memory_allocated() / 2**30
     if PartialState().is_main_process:
         print(f"{name}: {seconds:.0f} s, peak {rss:.2f} GiB" + f", on the GPU {cuda:.2f} GiB" * bool(cuda))
@@ -457,11 +440,11 @@ def stage(name, out):
 def lock(out):
     """Refuse a folder in which another run is at work; the end of the block, or a kill, ends the lock."""
     out.mkdir(parents=True, exist_ok=True)
-    with open(out / ".lock", "w") as file:
+    with contextlib.ExitStack() as held:
         try:
-            if fcntl and PartialState().is_main_process:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            if PartialState().is_main_process:
+                held.enter_context(FileLock(out / ".lock", blocking=False))
+        except Timeout:
             die(f"--out {out}: another run is at work in it; wait for it, or use another --out")
         yield
 
@@ -488,7 +471,7 @@ def open_or_none(path, mode="RGB"):
     try:
         with Image.open(path) as image:
             return image.convert(mode)
-    except (OSError, SyntaxError, ValueError):  # PIL has many names for it
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # PIL has many names for it
         return None
 
 def open_image(path, size=None):
@@ -509,7 +492,7 @@ def contact_sheet(images, path, columns=10, side=96, titles=()):
         sheet.paste(image.resize((side - 2, side - 2)), (left + i % columns * side, i // columns * side))
     for i, title in enumerate(titles):
         pen.text((4, i * side + side // 2 - 6), title, fill="black")
-    save_image(sheet, Path(path))
+    save_image(sheet, path)
 
 def encode_prompts(model, prompts, device, dtype):
     """{prompt: (T5 states (T, E), pooled CLIP state (P,))} on the CPU; the encoders are freed on return."""
@@ -637,13 +620,14 @@ def own_settings(pictures):
 def import_set(folder, concept, prompts, pictures, args):
     """The user's own pictures and masks, cropped square and named as sample_set would leave them."""
     rows, settings = [], check_set(folder, concept, prompts, args, **own_settings(pictures))
-    keep_settings(folder / "settings.json", settings)
+    if not (folder / "settings.json").exists():
+        keep_settings(folder / "settings.json", settings)
     for i, (file, caption) in enumerate(tqdm(pictures, desc="your own images")):
         made = folder / f"{i:03}.png"
         for source, target in ((file, made), (file.with_suffix(".mask.png"), made.with_suffix(".mask.png"))):
             if source.exists() and not target.exists():
-                image = open_own(source, as_mask=source != file)
-                how = Image.Resampling.BICUBIC if source == file else Image.Resampling.NEAREST
+                image = open_own(source)
+                how = Image.Resampling.NEAREST if image.mode == "L" else Image.Resampling.BICUBIC
                 save_image(ImageOps.fit(image, (args.size, args.size), how), target)
         rows.append((made, caption))
     return rows

@@ -9,9 +9,15 @@ pytorch_lora_weights.safetensors, curves.png, before_after.png, log.csv and args
 from the paper: one (t, eps) a sample and step, so that the expectation stands outside the gate (inpo.py).
 """
 import argparse
+import contextlib
+import itertools
 import math
+import shutil
+import time
 
-from sample import data_flags, mask_flags, model_flags, number
+from sample import (check_settings, contact_sheet, data_flags, die, encode_prompts, generate, guarded,
+                    keep_settings, load_denoiser, lock, mask_flags, mentions, model_flags, number, open_image,
+                    place, plan_sets, sample_all, seed_of, setup, stage, whole, write_text)
 
 # Table 6; lr 0.7 means Prodigy's, AdamW has its own default below
 TABLE6 = dict(object=dict(steps=300, eta=1.0, gamma=3.0, tau=0.1, lambda_prior=0.6),
@@ -63,11 +69,6 @@ def arguments(given=None):
 
 ARGS = arguments() if __name__ == "__main__" else None  # before the slow imports: --help answers at once
 
-import contextlib  # noqa: E402
-import itertools  # noqa: E402
-import shutil  # noqa: E402
-import time  # noqa: E402
-
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from accelerate import PartialState  # noqa: E402
@@ -83,9 +84,6 @@ from tqdm import tqdm  # noqa: E402
 
 from inpo import add_noise, gate, gradient_ascent, inpo_loss, mask_to_latents, prior_loss, score  # noqa: E402
 from mask import check_masks, make_masks  # noqa: E402
-from sample import (check_settings, contact_sheet, die, encode_prompts, generate, guarded,  # noqa: E402
-                    keep_settings, load_denoiser, lock, mentions, open_image, place, plan_sets, sample_all,
-                    seed_of, setup, stage, whole, write_text)
 
 # what a LoRA inherits from its base: the hub's identifier, and in words
 LICENCES = {"black-forest-labs/FLUX.1-dev": ("other", "the FLUX.1 [dev] Non-Commercial License, its base's"),
@@ -141,22 +139,22 @@ def iteration(transformer, x, mask, states, pooled, sigma, eps, args):
     return loss, dict(S=S.detach(), S_ref=S_ref, dS=dS.detach(), alpha=alpha, prior=prior.detach(),
                       sigma=sigma[:half])
 
-def encode_images(vae, files, size, masks=None):
-    """Image files -> packed latents (N, L, D) and, from mask files, packed masks (N, L, D) in {0, 1}."""
+def encode_images(vae, files, size, masked=False):
+    """Image files -> packed latents (N, L, D) and, from X.mask.png, packed masks (N, L, D) in {0, 1}."""
     pixels_of, xs, ms = VaeImageProcessor(do_resize=False).preprocess, [], []
-    for n, file in enumerate(tqdm(files, desc="encode images")):
+    for file in tqdm(files, desc="encode images"):
         image = open_image(file, (size, size))
         pixels = pixels_of(image).to(vae.device, vae.dtype)  # (1, 3, Y, X) in [-1, 1]
         with torch.no_grad():
             x = vae.encode(pixels).latent_dist.mode().float().cpu()  # (1, C, H, W)
         x = (x - vae.config.shift_factor) * vae.config.scaling_factor  # (1, C, H, W)
         xs.append(FluxPipeline._pack_latents(x, *x.shape))
-        if masks:
-            m = np.asarray(open_image(masks[n], image.size)) > 127  # (Y, X)
+        if masked:
+            m = np.asarray(open_image(file.with_suffix(".mask.png"), image.size)) > 127  # (Y, X)
             m = torch.from_numpy(m)[None, None]  # (1, 1, Y, X)
             m = mask_to_latents(m, *x.shape[2:]).float().expand(x.shape)  # (1, C, H, W)
             ms.append(FluxPipeline._pack_latents(m, *x.shape))  # onto the same cells as the latents
-    return torch.cat(xs), torch.cat(ms) if masks else None
+    return torch.cat(xs), torch.cat(ms) if masked else None
 
 def batch_of(step, forget, preserve, embeds, args):
     """This process's parts, args.accumulate of them, of the step's data, which is a function of (seed, step)
@@ -179,7 +177,7 @@ def batch_of(step, forget, preserve, embeds, args):
     parts = args.accumulate * world.num_processes
     for part in range(world.process_index, parts, world.num_processes):
         mine = list(range(part, len(i), parts))  # the gate is per sample: a split batch has the same gradient
-        rows = mine + [len(i) + k for k in mine if k < len(j)]
+        rows = mine + [len(i) + k for k in mine]
         data = x[rows], forget[1][i][mine], states[rows], pooled[rows], sigma[rows], eps[rows]
         yield [tensor.to(args.device) for tensor in data]
 
@@ -268,14 +266,13 @@ def train(pipe, forget, preserve, embeds, presets, args):
         if args.save_every and (step + 1) % args.save_every == 0:
             save_lora(transformer, args.out / f"step-{step + 1}")
         if (step + 1) % args.checkpoint_every == 0 or step + 1 == args.steps:
-            state = dict(lora=get_peft_model_state_dict(transformer), optimizer=optimizer.state_dict(),
-                         step=step + 1, rows=rows)
             if checkpoint.exists() and source == checkpoint:  # else the last is the broken one
                 with whole(previous) as half:
                     shutil.copyfile(checkpoint, half)
             source = checkpoint
             with whole(checkpoint) as half:
-                torch.save(state, half)
+                torch.save(dict(lora=get_peft_model_state_dict(transformer), step=step + 1, rows=rows,
+                                optimizer=optimizer.state_dict()), half)
             lines = [",".join(map(str, line)) for line in (rows[0], *(r.values() for r in rows))]
             write_text(args.out / "log.csv", "\n".join(lines) + "\n")
     if main_process:
@@ -400,8 +397,7 @@ def main(args):
             vae = AutoencoderKL.from_pretrained(args.model, subfolder="vae", dtype=args.dtype).to(args.device)
             forget = []
             for found, files in zip(D_ES, kept):
-                masks = [file.with_suffix(".mask.png") for file in files]
-                x, mask = encode_images(vae, files, args.size, masks)
+                x, mask = encode_images(vae, files, args.size, masked=True)
                 mask = torch.ones_like(mask) if args.mask == "full" else mask  # (N, L, D)
                 forget.append((x, mask, [dict(found)[file] for file in files]))
             files, texts = zip(*D_PR)

@@ -20,28 +20,46 @@ import tarfile
 import time
 from pathlib import Path
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-from PIL import Image
-from segment_anything import SamPredictor
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torchvision.ops import box_convert, box_iou, generalized_box_iou_loss
-from torchvision.transforms.functional import gaussian_blur
-from tqdm import tqdm
-from transformers import (
+def arguments(given=None):
+    stages = "art words vae clip detector sam flow guide report".split()
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stages", nargs="+", choices=stages, default=stages)
+    parser.add_argument("--go-on", action="store_true", help="start from the committed weights, not random")
+    parser.add_argument("--work", type=Path, default=Path.home() / ".cache" / "emoji-flux",
+                        help="checkpoints and downloaded artwork (default ~/.cache/emoji-flux)")
+    parser.add_argument("--lr", type=float, help="peak rate of flow (3e-3) and guide (1e-3)")
+    parser.add_argument("--steps", type=int, help="training steps of the stage, instead of its own number")
+    parser.add_argument("--n", type=int, default=50, help="images a thing in the report (default 50)")
+    parser.add_argument("--seed", type=int, default=0, help="default 0")
+    return parser.parse_args(given)
+
+ARGS = arguments() if __name__ == "__main__" else None  # before the slow imports: --help answers at once
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from diffusers import (AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline,  # noqa: E402
+                       FluxTransformer2DModel)
+from PIL import Image  # noqa: E402
+from segment_anything import SamPredictor  # noqa: E402
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers  # noqa: E402
+from torch import nn  # noqa: E402
+from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
+from torchvision.ops import box_convert, box_iou, generalized_box_iou_loss  # noqa: E402
+from torchvision.transforms.functional import gaussian_blur  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+from transformers import (  # noqa: E402
     AutoProcessor, AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextConfig, CLIPTextModel,
     CLIPTokenizer, CLIPVisionConfig, Owlv2Config, Owlv2ForObjectDetection, Owlv2ImageProcessor,
     Owlv2Processor, Owlv2TextConfig, Owlv2VisionConfig, T5Config, T5EncoderModel, T5Tokenizer)
 
-import world
+import world  # noqa: E402
+
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # the repository's own scripts
-from mask import build_sam, detect, load_sam  # noqa: E402
+from mask import build_sam, load_detector, load_sam  # noqa: E402
 from sample import whole  # noqa: E402
 
 def bf16_is_fast():
@@ -543,19 +561,19 @@ def margins(images, phrases):
 def percent(yes):
     return f"{100 * np.mean(yes):.1f} %"
 
-def report_networks(rng):
-    """VAE, judge, detector and SAM on drawn scenes -> rows of the table."""
-    scenes = [world.draw(rng) for _ in range(2000)]
-    x = to_tensor([s["image"] for s in scenes])  # (2000, 3, 64, 64)
+def report_networks(rng, n=2000):
+    """VAE, judge, detector and SAM on n drawn scenes -> rows of the table."""
+    scenes = [world.draw(rng) for _ in range(n)]
+    x = to_tensor([s["image"] for s in scenes])  # (n, 3, 64, 64)
     vae = read(AutoencoderKL, "vae")
     with torch.no_grad():
         y = torch.cat([vae.decode(vae.encode(b).latent_dist.mode()).sample for b in x.split(100)])
-    y = y.clamp(-1, 1)  # (2000, 3, 64, 64)
-    psnr = -10 * ((x - y) / 2).square().mean((1, 2, 3)).log10()  # (2000,)
+    y = y.clamp(-1, 1)  # (n, 3, 64, 64)
+    psnr = -10 * ((x - y) / 2).square().mean((1, 2, 3)).log10()  # (n,)
     rows = [("VAE reconstruction, PSNR", f"{psnr.mean():.1f} dB", ">= 30 dB", len(scenes))]
 
-    truth = np.stack([answers(s) for s in scenes])[IS_THING] > 0  # (2000, 57)
-    said = margins([s["image"] for s in scenes], QUESTIONS)[IS_THING] > 0  # (2000, 57)
+    truth = np.stack([answers(s) for s in scenes])[IS_THING] > 0  # (n, 57)
+    said = margins([s["image"] for s in scenes], QUESTIONS)[IS_THING] > 0  # (n, 57)
     rows += [("judge: misses", percent(~said[truth]), "<= 3 %", truth.sum()),
              ("judge: false alarms", f"{100 * said[~truth].mean():.2f} %", "<= 3 %", (~truth).sum())]
     half = [world.draw(rng, *(s[k] for k in ("names", "style", "background", "framed")), 0.5)["image"]
@@ -566,11 +584,11 @@ def report_networks(rng):
         rows.append((f"judge: still yes {how}", percent(yes), ">= 90 %", truth.sum()))
 
     predictor = SamPredictor(load_sam(torch.load(HERE / "sam.pth", weights_only=True)))
-    by_detector, by_sam = [], []
+    find, by_detector, by_sam = load_detector(HERE / "detector", "cpu"), [], []
     for scene in [s for s in scenes if s["names"]][:300]:
         box = np.array(scene["boxes"][0])  # (4,)
         image, asked = Image.fromarray(scene["image"]), world.phrase(scene["names"][0])
-        boxes = detect([image], [asked], HERE / "detector", 0.2, "cpu")[0]  # (K, 4), best first
+        boxes = find(image, [asked], 0.2)  # (K, 4), best first
         ious = box_iou(torch.tensor(boxes[:1]), torch.tensor(box)[None].float())  # (1, 1), or none
         by_detector.append(ious.sum().item())
         predictor.set_image(scene["image"])
@@ -627,22 +645,11 @@ STAGES = dict(art=build_art, words=lambda args: make_tokenizers(), vae=train_vae
               detector=train_detector, sam=train_sam, flow=train_flow,
               guide=lambda args: train_flow(args, "guide"), report=report)
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
-    parser.add_argument("--go-on", action="store_true", help="start from the committed weights, not random")
-    parser.add_argument("--work", type=Path, default=Path.home() / ".cache" / "emoji-flux",
-                        help="checkpoints and downloaded artwork (default ~/.cache/emoji-flux)")
-    parser.add_argument("--lr", type=float, help="peak rate of flow (3e-3) and guide (1e-3)")
-    parser.add_argument("--steps", type=int, help="training steps of the stage, instead of its own number")
-    parser.add_argument("--n", type=int, default=50, help="images a thing in the report (default 50)")
-    parser.add_argument("--seed", type=int, default=0, help="default 0")
-    args = parser.parse_args()
+def main(args):
     args.work.mkdir(parents=True, exist_ok=True)
     args.bf16 = bf16_is_fast()
     for stage in args.stages:
         STAGES[stage](args)
 
 if __name__ == "__main__":
-    main()
+    main(ARGS)
