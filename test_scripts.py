@@ -718,8 +718,9 @@ def test_your_own_pictures_without_a_prompt_file(tmp_path):
     ("no preserve", "--preserve is missing"),
     ("empty file", "cannot be read"), ("no pictures", "holds no picture"), ("mask size", "its picture"),
     ("black mask", "all black"), ("white mask", "all white"), ("three pictures", "--batch 4"),
+    ("Latin caption", "UTF-8"), ("pixel bomb", "DecompressionBombError"),
     ("two concepts", "needs one --concept")])
-def test_your_own_pictures_are_refused_in_one_line(tmp_path, capsys, case, named):
+def test_your_own_pictures_are_refused_in_one_line(tmp_path, capsys, monkeypatch, case, named):
     mine = tmp_path / "mine"
     mine.mkdir()
     for i in range(3 if case == "three pictures" else 4):
@@ -733,6 +734,10 @@ def test_your_own_pictures_are_refused_in_one_line(tmp_path, capsys, case, named
         shutil.rmtree(mine)
     if case == "empty file":
         (mine / "1.png").write_bytes(b"")
+    if case == "Latin caption":
+        (mine / "1.txt").write_bytes("ein Käfer".encode("latin-1"))
+    if case == "pixel bomb":
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     side, value = (32 if case == "mask size" else 64), dict(black=0).get(case.split()[0], 255)
     if "mask" in case:
         Image.new("L", (side, side), value).save(mine / "1.mask.png")
