@@ -24,8 +24,8 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
-from sample import (TASKS, check_set, contact_sheet, die, drawing_flags, encode_prompts, ending, fingerprint,
-                    guarded, load_concept, load_denoiser, mask_flags, model_flags, number, open_or_none,
+from sample import (TASKS, check_set, contact_sheet, die, drawing_flags, encode_prompts, ending, finder_flags,
+                    fingerprint, guarded, load_concept, load_denoiser, model_flags, number, open_or_none,
                     place, read_settings, sample_set, seed_of, setup, stage, write_text)
 
 SUITES = "concept table1 table2 table3 table4 table5 table7 table8 table12".split()
@@ -58,8 +58,8 @@ def arguments(given=None):
     what.add_argument("--images", type=Path, metavar="DIR", dest="pictures",
                       help="pictures made elsewhere, in DIR/SET/: with a manifest.json like sample.py's, or "
                            "by name in the order of the prompts")
-    parser.add_argument("--suite", nargs="+", choices=[*SUITES, "all"], default=["concept"],
-                        help="a table of the paper (default: concept, our own figures)")
+    parser.add_argument("--suite", nargs="+", choices=[*SUITES, "all"], default=["concept"], metavar="SUITE",
+                        help=f"{', '.join(SUITES)}, all: the paper's tables (default: concept, our figures)")
     parser.add_argument("--report", type=Path, help="where the report goes (default: beside the LoRA, or "
                         "OUT/report where there are several)")
     parser.add_argument("--limit", type=number(int), help="at most N pictures a set: a quick look")
@@ -69,12 +69,13 @@ def arguments(given=None):
                         help="a prompt set from your file (default: the model's promptsets/, else the hub)")
     parser.add_argument("--no-floor", action="store_true",
                         help="no base under another seed: a third fewer pictures, no noise floor")
-    parser.add_argument("--judge", help="a CLIP or a LLaVA (default: the model's clip/, else LLaVA-1.5)")
-    parser.add_argument("--clip", help="of the CLIP score (default: the model's clip/, else OpenAI's B/32)")
-    parser.add_argument("--image-reward", help="default THUDM/ImageReward; none if the model has a clip/")
-    parser.add_argument("--pick-score", help="default yuvalkirstain/PickScore_v1; likewise")
-    drawing_flags(parser)
-    mask_flags(parser)
+    networks = parser.add_argument_group("networks")
+    networks.add_argument("--judge", help="a CLIP or a LLaVA (default: the model's clip/, else LLaVA-1.5)")
+    networks.add_argument("--clip", help="of the CLIP score (default: the model's clip/, else OpenAI's B/32)")
+    networks.add_argument("--image-reward", help="default THUDM/ImageReward; none if the model has a clip/")
+    networks.add_argument("--pick-score", help="default yuvalkirstain/PickScore_v1; likewise")
+    finder_flags(networks)
+    drawing_flags(parser.add_argument_group("how pictures are drawn"))
     return parser.parse_args(given)
 
 ARGS = arguments() if __name__ == "__main__" else None  # before the slow imports: --help answers at once

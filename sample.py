@@ -89,12 +89,16 @@ def data_flags(parser):
     parser.add_argument("--caption", help='with --images: for those without X.txt, say "a photo of {}"')
     drawing_flags(parser)
 
-def mask_flags(parser):
+def finder_flags(parser):
     parser.add_argument("--detector", help="OWLv2 or GroundingDINO (default: the model's own, else OWLv2)")
     parser.add_argument("--sam", help="a .pth, file or URL (default: the model's own, else SAM's ViT-H)")
-    share = number(strict=False)
-    parser.add_argument("--threshold", type=share, default=0.2, help="least score of a box (default 0.2)")
-    parser.add_argument("--min-found", type=share, default=0.5, help="least share with a mask (default 0.5)")
+    parser.add_argument("--threshold", type=number(strict=False), default=0.2,
+                        help="least score of a box (default 0.2)")
+
+def mask_flags(parser):
+    finder_flags(parser)
+    parser.add_argument("--min-found", type=number(strict=False), default=0.5,
+                        help="least share with a mask (default 0.5)")
 
 def arguments(given=None):
     parser = argparse.ArgumentParser(description=__doc__)
