@@ -3,7 +3,7 @@
     python bench.py --plan                             # FLUX.1-dev: memory, work, and the cards that it fits
     python bench.py --memory --model emoji-flux        # the plan beside what train.py's stages take
     python bench.py --step --model emoji-flux          # train.py's step beside a bare loop of the same work
-    python bench.py --proof                            # 11.9 B weights in int8, two steps of INPO, 18 GiB
+    python bench.py --proof                            # 11.9 B weights in int8, two steps of INPO, 14 GiB
 
 Nothing is downloaded but configs, and for FLUX.1 not even those. A plan runs the real networks on tensors
 that have shapes and no memory, and counts what lives at once.
