@@ -474,6 +474,11 @@ def test_interrupted_training_goes_on_to_the_same_bits(trained, tmp_path, monkey
     assert there.keys() == here.keys() and all(torch.equal(there[k], here[k]) for k in there)
 
 
+def test_terminated_work_is_one_line(capsys):
+    line = refusal(lambda: sample.guarded(lambda args: signal.raise_signal(signal.SIGTERM), None), capsys, 143)
+    assert "terminated" in line and "the same command goes on" in line
+
+
 def test_nan_stops_and_keeps_the_last_good_state(tmp_path, monkeypatch, capsys):
     whole = train.iteration
     calls = []
