@@ -793,6 +793,14 @@ train.guarded(train.main, train.arguments())
 
 # -------------------------------------------------------------------------------- the bench's plans
 
+def test_peak_memory_is_seen_from_the_start_of_the_block():
+    with sample.peak_memory() as peak:
+        block = np.ones(2**28, np.uint8)
+        time.sleep(0.05)
+        del block
+    assert peak[1] - peak[0] == pytest.approx(2**28, rel=0.1)
+
+
 def test_plan_counts_flux_dev_lora():
     lora = train.add_lora(bench.build("transformer", bench.FLUX["transformer"]), 4, 0)
     assert (len(lora) // 2, len(lora), sum(p.numel() for p in lora)) == (342, 684, 11_206_656)
