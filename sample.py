@@ -173,11 +173,13 @@ def allowed(prompts, what):
         print(f"{what}: {words.total()} of {len(prompts)} prompts dropped, they mention minors ({by_word})")
     return [p for p, m in zip(prompts, found) if not m]
 
-def read_text(path, flag=""):
+def read_text(path, flag=None):
+    """A text file's content; one that cannot be read, or is no UTF-8, is named, with the flag that gave it."""
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        die(f"{flag}{path}: is no readable UTF-8 text ({type(error).__name__})")
+        what = f"{flag} {path}" if flag else path
+        die(f"{what}: is no readable UTF-8 text ({type(error).__name__})")
 
 def load_concept(model, name):
     """Read NAME.txt (format: README.md) from the model's prompts/ or ours -> dict of strings and lists."""
@@ -206,7 +208,7 @@ def load_concept(model, name):
 
 def read_prompts(flag, path):
     """The lines of a text file of prompts, less what the filter drops."""
-    lines = map(str.strip, read_text(path, f"{flag} ").splitlines())
+    lines = map(str.strip, read_text(path, flag).splitlines())
     lines = allowed(list(filter(None, lines)), f"{flag} {path}")
     return lines or die(f"{flag} {path}: holds no prompt")
 
