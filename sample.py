@@ -174,7 +174,7 @@ def allowed(prompts, what):
     return [p for p, m in zip(prompts, found) if not m]
 
 def read_text(path, flag=None):
-    """A text file's content; one that cannot be read, or is no UTF-8, is named, with the flag that gave it."""
+    """A text file's content; one that cannot be read, or is no UTF-8, is named with the flag that gave it."""
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
