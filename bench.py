@@ -203,6 +203,7 @@ def plan(args, texts=None, states=3.5):
 
 def savings(args):
     """What a script's flags need by the plan, and what each further flag would make of it, in one line."""
+    @functools.cache  # for FLUX.1-dev it takes 20 s
     def peaks(batch, drawn):  # only sample and train: no flag but --device makes the others smaller
         return plan(argparse.Namespace(model=args.model, size=args.size, dtype=str(args.dtype)[6:],
                                        batch=batch, sample_batch=drawn))[0]

@@ -173,8 +173,11 @@ def is_best(report, cell):
             beaten.add(pair["row"])
     return bool(others) and others <= beaten
 
+def named(suite):
+    return suite.replace("table", "Table ").replace("concept", "Our own figures")
+
 def suite_title(suite):
-    return suite.replace("table", "Table ") + (f": {TITLES[suite]}" if suite in TITLES else "")
+    return named(suite) + (f": {TITLES[suite]}" if suite in TITLES else "")
 
 def sentence(report, suite):
     """A suite in one sentence: its total, or else its first figure that should fall; what does not stay."""
@@ -198,7 +201,7 @@ def sentence(report, suite):
     if stay:
         said.append(f"of what should stay, {len(lost)} of {len(stay)} figures fall beyond seed noise" +
                     f" ({'; '.join(lost)})" * (0 < len(lost) < 4))
-    return f"{suite.replace('table', 'Table ')}: {'; '.join(said) or 'no figure is available'}."
+    return f"{named(suite)}: {'; '.join(said) or 'no figure is available'}."
 
 def small(text, before=""):
     return f"<small>{before}{text}</small>" if text else ""
