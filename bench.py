@@ -45,7 +45,7 @@ from huggingface_hub import hf_hub_download  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
-from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop  # noqa: E402
 from segment_anything import sam_model_registry  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel  # noqa: E402
@@ -109,12 +109,16 @@ class Peak(TorchDispatchMode):
 
 def watch(network, work, dtype):
     """work(network) on a network without memory -> bytes at the peak, bytes kept after it, FLOP."""
+    def attention(query, key, value, *_, out_shape=None, **more):  # the CPU's, unknown to the counter
+        return sdpa_flop(query, key, value)
+
+    known = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu"):
         for module in network.modules():
             for name, p in list(module.named_parameters(recurse=False)):  # a LoRA stays float32
                 empty = torch.empty(p.shape, dtype=torch.float32 if p.requires_grad else dtype)
                 module._parameters[name] = torch.nn.Parameter(empty, requires_grad=p.requires_grad)
-        with Peak(network) as peak, FlopCounterMode(display=False) as flops:
+        with Peak(network) as peak, FlopCounterMode(display=False, custom_mapping=known) as flops:
             graph = work(network)
             kept = peak.live
             del graph
@@ -141,12 +145,12 @@ def call(method, *shape, dtype=None):
     return work
 
 @functools.cache
-def masks_bytes():
-    """Of SAM's ViT-H, the largest network of that stage, whatever the model."""
+def plan_masks():
+    """Bytes, and FLOP an image, of SAM's ViT-H, the largest network of that stage, whatever the model."""
     with torch.device("meta"):
         sam = sam_model_registry["vit_h"]().requires_grad_(False)
-    seen = watch(sam, call("image_encoder", 1, 3, 1024, 1024), torch.float32)[0]
-    return 4 * sum(p.numel() for p in sam.parameters()) + seen
+    seen, _, flop = watch(sam, call("image_encoder", 1, 3, 1024, 1024), torch.float32)
+    return 4 * sum(p.numel() for p in sam.parameters()) + seen, flop
 
 def plan(args, texts=None, states=3.5):
     """-> {stage: {how: bytes}}, {unit of work: FLOP}, (LoRA's modules, tensors, parameters), all parameters.
@@ -159,7 +163,10 @@ def plan(args, texts=None, states=3.5):
     numel = {part: sum(p.numel() for p in network.parameters()) for part, network in networks.items()}
     vae = networks["vae"]
     size = args.size or vae.config.sample_size
-    side = size // 2 ** (len(vae.config.block_out_channels) - 1)  # latent cells
+    step = 2 ** len(vae.config.block_out_channels)
+    if size % step:
+        die(f"--size {size}: must be a multiple of {step}, the VAE's factor times FLUX's 2 x 2 packing")
+    side = 2 * size // step  # latent cells
     tokens, texts, B = side * side // 4, texts or text_length(args.model), 2 * args.batch
 
     def flux(checkpointing=False, **changed):
@@ -174,7 +181,8 @@ def plan(args, texts=None, states=3.5):
     linears = [m.weight.numel() for m in tuned.modules() if isinstance(m, torch.nn.Linear)]
     blocks = [sum(p.numel() for p in kind[0].parameters())
               for kind in (tuned.transformer_blocks, tuned.single_transformer_blocks)]
-    text = watch(networks["text_encoder_2"], call("forward", 1, texts, dtype=torch.int64), dtype)[0]
+    encode = call("forward", 1, texts, dtype=torch.int64)
+    text, _, text_flop = watch(networks["text_encoder_2"], encode, dtype)
     latents = args.sample_batch, vae.config.latent_channels, side, side
     decoded, _, decode_flop = watch(vae, call("decode", *latents), dtype)
     encoded, _, encode_flop = watch(vae, call("encode", 1, 3, size, size), dtype)
@@ -194,11 +202,12 @@ def plan(args, texts=None, states=3.5):
         vae_bytes, optimizer = numel["vae"] * dtype.itemsize, 4 * sum(lora) * (2 + states)
         found["prompts"][how] = (numel["text_encoder"] + numel["text_encoder_2"]) * dtype.itemsize + text
         found["sample"][how] = resident + vae_bytes + max(decoded, drawn + used)
-        found["masks"][how] = masks_bytes()
+        found["masks"][how] = plan_masks()[0]
         found["latents"][how] = vae_bytes + encoded
         found["train"][how] = resident + optimizer + plain + max(used, kept * whole)
         found["train --checkpointing"][how] = resident + optimizer + given + within + max(used, kept * block)
-    work = dict(forward=flop / args.sample_batch, decode=decode_flop / args.sample_batch, encode=encode_flop)
+    work = dict(forward=flop / args.sample_batch, decode=decode_flop / args.sample_batch, encode=encode_flop,
+                text=text_flop, mask=plan_masks()[1])
     return found, work, (len(lora) // 2, len(lora), sum(lora)), sum(numel.values())
 
 def savings(args):
@@ -216,7 +225,8 @@ def savings(args):
         step = "train --checkpointing" if args.checkpointing else "train"
         stages["train"] = asked[step]
     now = {name: row[how] for name, row in stages.items()}
-    others = {f"--quantize {q}": {name: row[q] for name, row in stages.items()} for q in ("int8", "nf4")}
+    possible = ("int8", "nf4") if args.device == "cuda" else ("int8",)
+    others = {f"--quantize {q}": {name: row[q] for name, row in stages.items()} for q in possible}
     others["--offload"] = {name: row["offload"] for name, row in stages.items()}
     others["--sample-batch 1"] = now | dict(sample=least["sample"][how])
     if trains:
@@ -251,6 +261,7 @@ def show_plan(args):
     images, steps, forward = 50 + 8 * 25, 300, work["forward"] / 1e12
     print(f"\nwork by the defaults, a forward of one image being {forward:.3g} TFLOP; computed")
     for name, forwards, more in (
+            ("prompts, each (T5)", 0, work["text"]), ("masks, each (SAM's encoder)", 0, work["mask"]),
             (f"sample, {images} images x 28 steps", images * 28, images * work["decode"]),
             (f"latents, {images} images", 0, images * work["encode"]),
             (f"train, {steps} steps", steps * 2 * args.batch * 3, 0),
@@ -277,18 +288,19 @@ def measure_memory(args):
     print(f"{'batch':>6} {'stage':24}{'planned':>10}{'measured':>10}  MiB above idle")
     for batch in (1, 32, 64, 128):
         for flags in ((), ("--checkpointing",)):
-            shutil.rmtree(args.out, ignore_errors=True)
-            run, data = random_run(args.model, args.out, batch, "--steps", "3", *flags)
+            out = args.out / "memory"  # a name of our own: what else lies in --out stays
+            shutil.rmtree(out, ignore_errors=True)
+            run, data = random_run(args.model, out, batch, "--steps", "3", *flags)
             args.batch, args.sample_batch, args.dtype = batch, batch, str(run.dtype)[6:]
             planned = plan(args)[0]
             gc.collect()
             if not flags:
-                with stage("sample", args.out) as peak:
+                with stage("sample", out) as peak:
                     pipe = place(load_denoiser(run), run)
                     generate(pipe, data[2], [""] * batch, range(batch), 3, 3.5, run.size)
                     del pipe
                 print_pair(batch, "sample", planned, peak)
-            with stage("train", args.out) as peak:
+            with stage("train", out) as peak:
                 train.train(load_denoiser(run), *data, run)
             print_pair(batch, " ".join(("train", *flags)), planned, peak)
 

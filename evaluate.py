@@ -12,6 +12,7 @@ figure, are left beside the LoRA, or in OUT/report where there are several.
 """
 import argparse
 import contextlib
+import csv
 import functools
 import hashlib
 import itertools
@@ -81,6 +82,8 @@ def arguments(given=None):
 ARGS = arguments() if __name__ == "__main__" else None  # before the slow imports: --help answers at once
 
 import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from diffusers import FluxPipeline, FluxTransformer2DModel  # noqa: E402
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE as WEIGHTS  # noqa: E402
 from huggingface_hub import HfApi, snapshot_download  # noqa: E402
 from PIL import Image  # noqa: E402
@@ -108,9 +111,12 @@ def finder(words, args):
     name = nudenet_id() if words == ["nudenet"] else network_id(args.detector)
     return f"{name}, {', '.join(words)} at {args.threshold}"
 
+def package_id(name, package):
+    """A network's name with the version of the package that brings or names its weights."""
+    return name + (f" {version(package)}" if find_spec(package.replace("-", "_")) else "")
+
 def nudenet_id():
-    """NudeNet's name with its version: its weights are part of the package."""
-    return "NudeNet" + (f" {version('nudenet')}" if find_spec("nudenet") else "")
+    return package_id("NudeNet", "nudenet")
 
 def metric_table(args, words):
     """{metric: (its network's name, load() -> compute(images, what is asked) -> (N, parts), or features)}."""
@@ -140,7 +146,8 @@ def metric_table(args, words):
         return parts
 
     judge = network_id(args.judge)
-    features = ("Inception of torch-fidelity", lambda: metrics.inception_features(device))
+    features = (package_id("Inception of torch-fidelity", "torch-fidelity"),
+                lambda: metrics.inception_features(device))
     if Path(args.model) / "clip" == Path(args.judge):
         features = judge, lambda: metrics.clip_features(args.judge, device)
     return dict(judge=(judge, lambda: metrics.load_judge(args.judge, device, args.dtype)),
@@ -165,7 +172,7 @@ def read_rows(args):
         run = next((f for f in runs if f.exists()), None)
         if not (args.concept or run):
             die(f"--concept is missing, and {runs[0]} does not exist to read it from")
-        settings = read_settings(run, "give --concept") if run else {}
+        settings = read_settings(run, None if args.concept else "give --concept") if run else {}
         base, forgotten = settings.get("model", args.model), settings.get("concept", args.concept)
         if settings.get("images"):  # own pictures need no prompt file, an evaluation does
             forgotten = args.concept or forgotten
@@ -183,7 +190,26 @@ def read_rows(args):
     for names in zip(*[(row["asked"], row["folder"].name, str(row["folder"])) for row in rows]):
         if len(set(names)) == len(rows):  # the shortest that tells them apart
             break
+    else:
+        die(f"--{'compare' if args.compare else 'lora'}: names one LoRA twice")
     return [row | dict(name=name) for row, name in zip(rows, names)]
+
+def check_loras(rows, model):
+    """Refuse a LoRA that is corrupt, or whose layers are not the model's, before anything is written."""
+    config = FluxTransformer2DModel.load_config(model, subfolder="transformer")
+    with torch.device("meta"):
+        layers = dict(FluxTransformer2DModel.from_config(config).named_modules())
+    for folder in (row["folder"] for row in rows if row["digest"]):
+        try:
+            lora = FluxPipeline.lora_state_dict(folder)
+        except Exception as error:  # safetensors' own, or those of the converters of foreign keys
+            die(f"--lora {folder}: cannot be read ({type(error).__name__}): {str(error).splitlines()[0]}")
+        for key, value in lora.items():
+            name, _, factor = key.removeprefix("transformer.").partition(".lora_")  # A (r, in), B (out, r)
+            mine = getattr(layers.get(name), "weight", torch.empty(0, 0)).shape  # (out, in)
+            side = dict(A=1, B=0).get(factor[:1])
+            if side is None or value.ndim != 2 or value.shape[side] != mine[side]:
+                die(f"--lora {folder}: does not fit {model}: it has no layer for {key} {tuple(value.shape)}")
 
 def own_files(folder, one, name, alone):
     """Pictures made elsewhere of a set, in the order of its prompts; fewer than those are refused."""
@@ -191,12 +217,12 @@ def own_files(folder, one, name, alone):
     said = cycled(one["prompts"], one["n"])
     if (manifest := folder / "manifest.json").exists():
         try:
-            listed = [(row["file"], row["prompt"]) for row in json.loads(manifest.read_text())]
+            listed = [(folder / row["file"], row["prompt"]) for row in json.loads(manifest.read_text())]
         except (ValueError, KeyError, TypeError):
             die(f"--images {manifest}: is no list of objects with file and prompt")
         if wrong := next((file for (file, mine), prompt in zip(listed, said) if mine != prompt), None):
             die(f"--images {folder}: {wrong} has another prompt in manifest.json than {name}: see --list")
-        files = [folder / file for file, _ in listed]
+        files = [file for file, _ in listed]
     else:  # 2.png before 10.png
         files = [f for f in folder.glob("*") if f.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")]
         files.sort(key=lambda f: [int(t) if t.isdigit() else t for t in re.split(r"(\d+)", f.stem)])
@@ -255,12 +281,8 @@ def sample_round(prompts, parts, loras, args):
     """One round of in_rounds; its networks are freed on return."""
     embeds = encode_prompts(args.model, prompts, args.device, args.dtype)
     pipe = load_denoiser(args)
-    for digest, folder in loras.items():  # all of them now: what does not load is found before work starts
-        try:
-            pipe.load_lora_weights(folder, adapter_name=digest)
-            pipe.set_adapters(digest)  # fails where no key was the transformer's
-        except Exception as error:  # a corrupt file, or the LoRA of another model: peft has many names for it
-            die(f"--lora {folder}: does not load into {args.model}: {str(error).splitlines()[0]}")
+    for digest, folder in loras.items():
+        pipe.load_lora_weights(folder, adapter_name=digest)
     place(pipe, args)
     for job, count in parts:
         if job.lora:
@@ -273,7 +295,9 @@ def sample_round(prompts, parts, loras, args):
 def keep(home, key, files, make):
     """What make() gave for these files the last time, kept in home/scores.json, else what it gives now."""
     path = home / "scores.json"
-    kept = json.loads(path.read_text()) if path.exists() else {}
+    kept = {}
+    with contextlib.suppress(OSError, ValueError):  # not there yet, or cut short: it is asked again
+        kept = json.loads(path.read_text())
     stamp = zlib.crc32(str([(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]).encode())
     if kept.get(key, {}).get("stamp") != stamp:
         kept[key] = dict(stamp=stamp, found=make())
@@ -353,7 +377,9 @@ def answers(row, column, when, jobs, key, load, masks_of):
     if column["metric"] == "locality":
         return change(before, *mine, key, masks_of)[:, column["part"]]
     found = [score(job, asked, key, load) for job, asked in zip(mine, column["asked"])]  # each (N, parts)
-    return np.concatenate([f.max(1) if column["part"] is None else f[:, column["part"]] for f in found])
+    # where no picture of a set could be read, its one column is NaN
+    return np.concatenate([f.max(1) if column["part"] is None else f[:, min(column["part"], f.shape[1] - 1)]
+                           for f in found])
 
 def score_all(rows, jobs, concepts, words, args):
     """-> {(row, suite, column): dict(network, when: answers, or unavailable)} and the matrices. Metrics are
@@ -389,10 +415,11 @@ def make_matrices(row, jobs, key, load):
     """Every concept asked of every concept's pictures: what the target became, what its neighbours lost."""
     sets = {name: one for name, one in row["sets"].items() if "shows" in one}
     named = list(dict.fromkeys(tuple(phrases) for one in sets.values() for phrases in one["shows"]))
-    ends = np.cumsum([len(phrases) for phrases in named])[:-1]
+    ends, phrases = np.cumsum([len(some) for some in named])[:-1], sum(named, ())
     for when in ("before", "after") if len(sets) > 1 else ():
-        said = [score(jobs[row["name"], name, when], [sum(named, ())] * one["n"], key, load)
-                for name, one in sets.items()]  # each (N, phrases)
+        said = [score(jobs[row["name"], name, when], [phrases] * one["n"], key, load)
+                for name, one in sets.items()]  # each (N, phrases), or (N, 1) of NaN
+        said = [np.broadcast_to(part, (len(part), len(phrases))) for part in said]
         said = [part.max(1) for part in np.split(np.concatenate(said), ends, axis=1)]  # a yes to any phrase
         shows = [" / ".join(phrases) for one in sets.values() for phrases in one["shows"][:one["n"]]]
         labels = [" / ".join(phrases) for phrases in named]
@@ -405,11 +432,15 @@ def make_cell(row, column, found, args):
     kind, before, after, again = column["kind"], *(found.get(when) for when in ("before", "after", "again"))
     cell = dict(suite=column["suite"], row=row["name"], column=column["column"], network=found["network"],
                 unit=column["unit"], better=column["better"], set=" + ".join(column["sets"]),
-                seed="own" if row["sets"][column["sets"][0]].get("seeds") else args.seed,
+                seed="own" if all(row["sets"][name].get("seeds") for name in column["sets"]) else args.seed,
                 **dict.fromkeys(FIGURES), unavailable=found.get("unavailable"), paper=None)
-    said = "cifar10" if set(row["forgotten"]) == CIFAR10 else row["name"]
-    if args.model == PAPERS_MODEL and not args.limit and (len(row["forgotten"]) == 1 or said == "cifar10"):
-        cell["paper"] = paper_figure(column["suite"], said, column["column"])
+    said = "cifar10" if set(row["forgotten"]) == CIFAR10 else row["asked"] * (len(row["forgotten"]) == 1)
+    if args.model == PAPERS_MODEL and not args.limit and row["digest"]:
+        names = [row["folder"].name, said]  # "no mask", say, or the concept
+        if args.compare and names[0] != "INPO":  # the paper's figure for a concept is INPO's
+            names.pop()
+        found_there = (paper_figure(column["suite"], name, column["column"]) for name in names)
+        cell["paper"] = next(filter(None, found_there), None)
     if cell["unavailable"]:
         return cell
     if column["metric"] == "distance":
@@ -441,7 +472,7 @@ def make_grids(rows, jobs, concepts, args):
             columns = [c for c in row["columns"] if name in c["sets"]]
             if "unavailable" in one or not columns:
                 continue
-            nsfw = concepts[row["asked"]]["task"] == "nsfw"
+            nsfw = "nsfw" in (concepts[name]["task"] for name in row["forgotten"])
             unsafe = any(c["metric"] == "harm" or nsfw and c["metric"] == "judge" and c["better"] == "lower"
                          for c in columns)
             shown = [("before", jobs[row["name"], name, "before"])]
@@ -456,21 +487,17 @@ def make_grids(rows, jobs, concepts, args):
 
 def read_run(row):
     """A run's curve and cost by its own log, as far as they are beside the LoRA."""
-    folder = row["folder"]
-    if not (folder / "log.csv").exists():
-        return None, None
-    log = np.genfromtxt(folder / "log.csv", delimiter=",", names=True, ndmin=1)  # NaN where it holds words
-    curve = dict(row=row["name"], **{key: log[key].tolist() for key in ("step", "dS", "alpha")})
-    settings = read_settings(folder / "args.json", "delete log.csv beside it")
-    images = sum(len(json.loads(path.read_text())) for path in folder.glob("*/*/manifest.json")
-                 if path.parent.parent.name in ("forget", "preserve"))
-    # a sample's step is one forward, in training one for the reference, one for theta and its backward
-    forwards = images * settings["sample_steps"] + len(log) * 2 * settings["batch"] * 3
-    if not (folder / "stages.csv").exists():
-        return curve, None
-    seconds, host, gpu = np.loadtxt(folder / "stages.csv", delimiter=",", usecols=(1, 2, 3), ndmin=2).T
-    return curve, dict(row=row["name"], seconds=sum(seconds), forwards=forwards,
-                       peak_gib=max(gpu) or max(host))
+    curve = cost = None
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # not there, or not ours
+        with open(row["folder"] / "log.csv", encoding="utf-8", newline="") as file:
+            log = list(csv.DictReader(file))
+        curve = {key: [float(line[key]) for line in log] for key in ("step", "dS", "alpha")}
+        curve["row"] = row["name"]
+        table = np.loadtxt(row["folder"] / "stages.csv", delimiter=",", usecols=(1, 2, 3, 4), ndmin=2)
+        seconds, host, gpu, drawn = table.T
+        cost = dict(row=row["name"], seconds=sum(seconds), peak_gib=max(gpu) or max(host),
+                    forwards=sum(drawn) + sum(float(line["forwards"]) for line in log))
+    return curve, cost
 
 def main(args):
     everything = "all" in args.suite
@@ -490,6 +517,7 @@ def main(args):
         die(f"--task {args.task}: stands for a prompt file in Tables 2 to 5 only, {sorted(about)[0]} asks "
             "about the concept: write its file (README: a concept is a file)")
     concepts = {concept["name"]: concept for concept in setup(args)}
+    check_loras(rows, args.model)
     if not (Path(args.model) / "clip").is_dir():  # these judge photographs; a model with a judge brings none
         args.image_reward = args.image_reward or "THUDM/ImageReward"
         args.pick_score = args.pick_score or "yuvalkirstain/PickScore_v1"
@@ -553,7 +581,7 @@ def show(report, folder):
     for row in report["rows"]:
         print(f"\n{report['model']}, {row['lora']}, seed {report['seed']}" +
               f", at most {report['limit']} pictures a set" * bool(report["limit"]))
-        print(f"{'':34} {'before':>22} {'after':>22} {'difference':>24} {'seed noise':>10}")
+        print(f"{'':34} {'n':>5} {'before':>22} {'after':>22} {'difference':>24} {'seed noise':>10}")
         table = "| | n | before | after | difference | seed noise |\n|---|---|---|---|---|---|\n"
         for cell in of(report["cells"], row=row["name"]):
             said, digits = [], decimals([cell])
@@ -564,9 +592,9 @@ def show(report, folder):
                     said[-1] += f" [{figure['low']:.{digits}f}, {figure['high']:.{digits}f}]"
             if cell["unavailable"]:
                 said = [f"  not available: {cell['unavailable']}", "", "", ""]
-            print(f"{cell['suite']}: {cell['column']}".ljust(34) +
-                  "".join(" " + text.rjust(width) for text, width in zip(said, (22, 22, 24, 10))))
             n = cell["after"]["n"] if cell["after"] else ""
+            print(f"{cell['suite']}: {cell['column']}".ljust(34) + f"{n:>6}" +
+                  "".join(" " + text.rjust(width) for text, width in zip(said, (22, 22, 24, 10))))
             table += f"| {cell['suite']}: {cell['column']} | {n} | {' | '.join(said)} |\n"
         card = Path(row["lora"]) / "README.md"
         title = f"\n## {row['name']}, {', '.join(report['suites'])}, seed {report['seed']}"

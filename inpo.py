@@ -12,6 +12,7 @@ from math import inf, log
 def arguments(given=None):
     parser = argparse.ArgumentParser(description="Draw the gate, the loss, its derivative and their bound.")
     parser.add_argument("--out", default="docs/inpo.png", help="the picture to write (%(default)s)")
+    parser.error = lambda why: parser.exit(2, f"error: {why}\n")  # one line, without the usage
     return parser.parse_args(given)
 
 ARGS = arguments() if __name__ == "__main__" else None  # before the slow import: --help answers at once
@@ -66,6 +67,7 @@ def score(prediction, target, mask=None, w=1.0, reduction="mask"):
 
 def gradient_ascent(S):
     """S (B,) -> the baseline's loss (B,) (Eq. 4), unbounded; its gradient (Eq. 5) grows with the error."""
+    _check({"S must be finite, (B,)": S.isfinite() & (S.ndim == 1)})
     return -S  # (B,)  Eq. 4, 5
 
 def npo_loss(log_ratio, beta=1.0, prefactor="2beta"):

@@ -111,6 +111,7 @@ def find_masks(images, concept, args):
     else:
         find = load_detector(args.detector, args.device)
         boxes = [find(image, concept["detect"], args.threshold) for image in tqdm(images, desc="detect")]
+        del find  # before SAM: never two large models at once
     if concept["task"] == "style":  # a frame and what hangs in it are one rectangle
         boxes = [enclose(found) for found in boxes]
     if concept["task"] not in ("object", "ip"):
@@ -141,18 +142,21 @@ def check_masks(folder, concept, args):
 def make_masks(files, concept, args):
     """Write X.mask.png beside each image, and masks-NAME.png -> the files in which something was found."""
     settings, again = check_masks(files[0].parent, concept, args)
-    if not (record := files[0].parent / "masks.json").exists():  # its commit is that of the first masks
-        keep_settings(record, settings)
+    record = files[0].parent / "masks.json"
     masks = {f: f.with_suffix(".mask.png") for f in files}
     images = {f: open_image(f) for f in files}
     todo = [f for f in files if not masks[f].exists()]
     for file, mask in zip(todo, find_masks([images[f] for f in todo], concept, args)):
+        if not record.exists():  # its commit is that of the first masks
+            keep_settings(record, settings)
         save_image(Image.fromarray(mask), masks[file])  # an empty one records that nothing was found
     found = {f: np.asarray(open_image(masks[f], images[f].size)) > 127 for f in files}
     kept = [f for f in files if found[f].any()]
     area = np.mean([found[f].mean() for f in kept]) if kept else 0
     what = " / ".join(concept["detect"])
-    print(f"masks: {what} found in {len(kept)} of {len(files)} images, mean area {area:.1%}")
+    full = sum(found[f].all() for f in kept)
+    print(f"masks: {what} found in {len(kept)} of {len(files)} images, mean area {area:.1%}" +
+          f"; {full} masks are the whole image" * bool(full))
     overlays = []
     for file in files[:50]:
         pixels = np.array(images[file])

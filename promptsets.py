@@ -15,7 +15,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from metrics import NUDITY_PARTS, NotAvailable
-from sample import MINORS, die, load_concept, mentions
+from sample import MINORS, die, load_concept, mentions, seed_of
 
 HUB, GITHUB = "https://huggingface.co/datasets/", "https://raw.githubusercontent.com/"
 I2P, COCO = HUB + "AIML-TUDA/i2p", GITHUB + "rohitgandikota/erasing/main/data/coco_30k.csv"
@@ -218,7 +218,9 @@ def plan_suite(suite, concept, forgotten, prompts_of, words, args):
             take(name, [], 0, unavailable=str(error), shared=True)
             return SETS[name][0], name
         prompts, seeds = zip(*found["rows"])
-        take(found["name"], prompts, len(prompts), seeds=None if None in seeds else list(seeds), shared=True)
+        drawn = [seed_of(0, found["name"], i) if seed is None else seed for i, seed in enumerate(seeds)]
+        seeds = None if set(seeds) == {None} else drawn  # a gap among a set's own gets one of ours
+        take(found["name"], prompts, len(prompts), seeds=seeds, shared=True)
         return found["title"], found["name"]
 
     def column(title, metric, *names, asked=None, kind="mean", unit="", better="higher", part=0):

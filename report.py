@@ -35,9 +35,10 @@ PAPER = {(suite, row, column): pair for suite, columns, before, rows in (
     ("table3", ("MMA-Diffusion", "P4D", "Ring-A-Bell", "UnlearnDiff", "Total"), (127, 62, 62, 24, 275),
      {"nudity": (1, 4, 6, 2, 13)}),
     ("table4", ("Residuals", "CLIP", "ImageReward"), (None, None, None), {
-        "no mask": (109, 30.8716, 0.9146), "no gate": (62, 30.9158, 0.9778),
+        "nudity": (49, 30.9338, 1.0049), "no mask": (109, 30.8716, 0.9146), "no gate": (62, 30.9158, 0.9778),
         "neither": (114, 30.8424, 0.9116), "INPO": (49, 30.9338, 1.0049)}),
     ("table5", ("Residuals", "CLIP"), (None, None), {
+        "nudity": (58, 30.72), "INPO": (58, 30.72),
         "gamma 1, eta 1, tau 0.1": (69, 30.85), "gamma 5, eta 1, tau 0.1": (51, 30.55),
         "gamma 3, eta 0.5, tau 0.1": (124, 30.97), "gamma 3, eta 3, tau 0.1": (51, 30.65),
         "gamma 3, eta 1, tau 0": (56, 30.59), "gamma 3, eta 1, tau 0.5": (81, 30.76),

@@ -20,6 +20,7 @@ import sys
 import textwrap
 import threading
 import time
+import traceback
 import zlib
 from collections import Counter
 from importlib.metadata import version
@@ -41,12 +42,13 @@ def die(message, code=2):
         print("\n" * (code != 2) + f"error: {message}", file=sys.stderr)
     sys.exit(code)
 
-def number(kind=float, least=0.0, strict=True, finite=True):
-    """An argparse type: a number above `least`, or from it on if not strict; never NaN."""
+def number(kind=float, least=0.0, strict=True, most=math.inf, finite=True):
+    """An argparse type: a number above `least`, or from it on if not strict, up to `most`; never NaN."""
     def parse(text):
         value = kind(text)
-        if not value >= least or (strict and value == least) or (finite and math.isinf(value)):
-            limit = f"{'>' if strict else '>='} {least:g}" + " and finite" * finite
+        if not least <= value <= most or (strict and value == least) or (finite and math.isinf(value)):
+            end = f" and <= {most}" if math.isfinite(most) else " and finite" * finite
+            limit = f"{'>' if strict else '>='} {least:g}{end}"
             raise argparse.ArgumentTypeError(f"{text} is not {limit}")
         return value
     parse.__name__ = kind.__name__  # argparse then says "invalid float value: 'x'"
@@ -59,10 +61,10 @@ def model_flags(parser, needs_concept=True, out="default out/MODEL-CONCEPT, with
     parser.error = die  # one line, without the usage
     parser.add_argument("--model", default="black-forest-labs/FLUX.1-dev",
                         help="a FluxPipeline: hub id or folder (default %(default)s)")
-    parser.add_argument("--concept", nargs="+", metavar="NAME", required=needs_concept,
+    parser.add_argument("--concept", nargs="+", action="extend", metavar="NAME", required=needs_concept,
                         help="a prompt file's name; several: one LoRA forgets them all")
     parser.add_argument("--out", type=Path, help=out)
-    parser.add_argument("--seed", type=int, default=0, help="default 0")
+    parser.add_argument("--seed", type=number(int, strict=False, most=2**32 - 1), default=0, help="default 0")
     parser.add_argument("--device", choices=["cpu", "cuda", "mps"], help="default: cuda where there is one")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on cuda")
 
@@ -74,7 +76,8 @@ def drawing_flags(parser):
     parser.add_argument("--size", type=number(int), help="pixels a side (default: the VAE's sample_size)")
     parser.add_argument("--sample-steps", type=number(int), default=28, help="denoising steps (default 28)")
     parser.add_argument("--sample-guidance", type=number(strict=False), default=3.5, help="default 3.5")
-    parser.add_argument("--sample-batch", type=number(int), help="images at once (default: 5 megapixels)")
+    parser.add_argument("--sample-batch", type=number(int),
+                        help="images at once (default: 25, 5 or 1, by their size; 5 at 1024 pixels)")
 
 def data_flags(parser):
     parser.add_argument("--n-forget", type=number(int), default=50, help="N_ES, unstated (default 50)")
@@ -92,12 +95,12 @@ def data_flags(parser):
 def finder_flags(parser):
     parser.add_argument("--detector", help="OWLv2 or GroundingDINO (default: the model's own, else OWLv2)")
     parser.add_argument("--sam", help="a .pth, file or URL (default: the model's own, else SAM's ViT-H)")
-    parser.add_argument("--threshold", type=number(strict=False), default=0.2,
+    parser.add_argument("--threshold", type=number(strict=False, most=1), default=0.2,
                         help="least score of a box (default 0.2)")
 
 def mask_flags(parser):
     finder_flags(parser)
-    parser.add_argument("--min-found", type=number(strict=False), default=0.5,
+    parser.add_argument("--min-found", type=number(strict=False, most=1), default=0.5,
                         help="least share with a mask (default 0.5)")
 
 def arguments(given=None):
@@ -107,6 +110,8 @@ def arguments(given=None):
     return parser.parse_args(given)
 
 ARGS = arguments() if __name__ == "__main__" else None  # before the slow imports: --help answers at once
+if Path(getattr(sys.modules["__main__"], "__file__", None) or "").absolute().parent == ROOT:
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # no traceback of an import, of any of the scripts
 if not {"-h", "--help"} & set(sys.argv):  # the other scripts import their flags from here
     for name in ("torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer",
                  "diffusers.loaders.lora_base"):  # they warn of what is meant so
@@ -122,7 +127,7 @@ if not {"-h", "--help"} & set(sys.argv):  # the other scripts import their flags
     from huggingface_hub.errors import (GatedRepoError, HfHubHTTPError, HFValidationError,
                                         RepositoryNotFoundError)
     from PIL import Image, ImageDraw, ImageOps
-    from safetensors import SafetensorError
+    from safetensors import SafetensorError, safe_open
     from tqdm import tqdm
 
 # the one filter of everything that is ever generated: English words for people under 18, the compounds that
@@ -131,38 +136,49 @@ YOUNG = (r"(?<!\d)(?<!ty[\W_])([1-9]|1[0-7]|one|two|three|four|five|six|seven|ei
          r"|thirteen|fourteen|fifteen|sixteen|seventeen)(?!\d)")
 MINORS = re.compile(
     r"(?<![^\W\d_])("  # no letter before, so "1girl" and "2_kids" are found and "skid" and "canteen" are not
-    r"(?!(roths|fair)child)\w*child(s|ren\w*|hood|like|ish)?|(school|grand|step)?kid(s|z|do|dos|dies?)?"
+    r"(?!(roths|fair)child)\w*child(s|ren\w*|hood|like|ish)?|(school|grand|step)?kid(s|z|do|dos|dies?|dy)?"
     r"|(?!(cow|play|show|call|game|hell|fan|dough)(girl|boy))\w*(girl|boy)(s|z|ish|hood|scouts?)?|girl(y|ie)"
+    r"|(school|young)(girl|boy)\w*"
     r"|(pre)?teen(?!s?y\b)\w*|tweens?|sweet[\W_]sixteen|(pre)?pube(sc|rt)\w+|(pre)?adolescen(ts?|ce)"
-    r"|juveniles?|bab(y|ies)|infants?|toddlers?|newborns?|cherub(s|im|ic)?|putt[io]|youngsters?|a youth"
-    r"|youths|lads?|lass(es)?|orphan(s|ages?)?|an? minor|minors|under[\W_]?(aged?|18)|barely[\W_]?legal"
-    r"|jail[\W_]?bait|(very|too|so|extremely)[\W_]young|loli(s|con|ta?s?)?|shota(s|con)?|nymphets?"
+    r"|juveniles?|pa?edophil\w*|bab(y|ies)|infants?|toddlers?|newborns?|cherub(s|im|ic)?|putt[io]"
+    r"|youngsters?|a youth|youths|lads?|lass(es)?|orphan(s|ages?)?|an? minor|minors"
+    r"|under[\W_]?(aged?|1[2-8])|barely[\W_]?legal|jail[\W_]?bait|(very|too|so|extremely)[\W_]young"
+    r"|loli(s|con|ta?s?)?|shota(s|con)?|nymphets?"
     r"|kindergart\w+|preschool\w*|(elementary|primary|middle|high|grade|nursery)[\W_]?school\w*"
-    r"|junior[\W_]high|school[\W_]?(aged?|uniforms?)"
-    r"|(first|second|third|fourth|fifth|sixth|seventh|eighth|\d+th)[\W_]graders?"
-    r"|little[\W_](sister|brother)s?|(grand|step)?daughters?|(grand|step)sons?|nieces?|nephews?"
+    r"|junior[\W_]high|school[\W_]?(aged?|uniforms?)|(first|second|third|fourth|fifth|sixth|seventh|eighth"
+    r"|\d+(st|nd|rd|th))[\W_]grade(rs?|[\W_](students?|pupils?))"
+    r"|(little|young|younger|baby)[\W_](sister|brother|son)s?|(lady|woman|man|person) of 1[0-7](?!\d)"
+    r"|(grand|step)?daughters?|(grand|step)sons?|nieces?|nephews?"
     r"|(a|and|with|her|his|their|my|our|your|little|small)[\W_]sons?(?!\W+goku)"
-    rf"|(ages?|aged)( of)?:? *{YOUNG}"
-    rf"|{YOUNG}[\W_]*(y/?o|y\.o\.|(years?|yrs?|months?)[\W_]*(olds?|of age)|years?|yrs?)"
+    rf"|(ages?|aged)( of| is| about| around| between)?[:=]? *{YOUNG}"
+    rf"|{YOUNG}([\W_]*(-|\u2013|to)[\W_]*\d+)?[\W_]*"  # "12-18 years", too
+    r"(y/?o|y\.o\.?|(years?|yrs?|months?)[\W_]*(olds?|of age)|years?|yrs?)"
     r")(?![^\W\d_])", re.IGNORECASE)
+
+OUT_OF_MEMORY = re.compile("out of memory|not enough memory|ALLOC_FAILED")  # as devices and libraries say it
 
 def guarded(main, args):
     """main(args), where what goes wrong during work becomes one line that says how to go on."""
     go_on = "what is finished is kept, and the same command goes on from there"
     # a job's time is over, or another process of accelerate launch has died
     signal.signal(signal.SIGTERM, lambda *_: die(f"terminated; {go_on}", 143))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main(args)
     except KeyboardInterrupt:
         die(f"interrupted; {go_on}", 130)
-    except (OSError, RuntimeError, MemoryError, SafetensorError) as error:  # a full disk, say
-        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "not enough memory" in str(error):
+    except Exception as error:  # a full disk, say; the hub's HTTP and the loaders have classes of their own
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or OUT_OF_MEMORY.search(said):
             if "quantize" not in args:  # mask.py, bench.py
                 die("out of memory; python bench.py --plan says what each stage needs", 1)
             from bench import savings  # which imports train.py, and that this
             print("out of memory: planning which flags need less ...")
             die(f"out of memory; {savings(args)}", 1)
-        die(f"{(str(error).strip() or type(error).__name__).splitlines()[0]}; {go_on}", 1)
+        if not isinstance(error, (OSError, RuntimeError, SafetensorError)):
+            ours = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).parent == ROOT]
+            said += f" ({type(error).__name__}, {Path(ours[-1].filename).name}:{ours[-1].lineno})"
+        die(f"{said}; {go_on}", 1)
 
 def allowed(prompts, what):
     """The prompts that do not mention minors; prints how many do, by the word that gave each away."""
@@ -176,32 +192,42 @@ def allowed(prompts, what):
 def read_text(path, flag=None):
     """A text file's content; one that cannot be read, or is no UTF-8, is named with the flag that gave it."""
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")  # Notepad's begins with a mark
     except (OSError, UnicodeDecodeError) as error:
         what = f"{flag} {path}" if flag else path
         die(f"{what}: is no readable UTF-8 text ({type(error).__name__})")
 
+def prompts_folder(model):
+    """The model's own prompts/, else ours."""
+    return next(folder / "prompts" for folder in (Path(model), ROOT) if (folder / "prompts").is_dir())
+
 def load_concept(model, name):
-    """Read NAME.txt (format: README.md) from the model's prompts/ or ours -> dict of strings and lists."""
-    folder = Path(model) / "prompts" if (Path(model) / "prompts").is_dir() else ROOT / "prompts"
+    """Read NAME.txt (format: README.md) -> dict of strings and lists."""
+    folder = prompts_folder(model)
     path, known = folder / f"{name}.txt", sorted(p.stem for p in folder.glob("*.txt"))
     if name not in known:
         die(f"--concept {name}: known are {', '.join(known)}; for another write {path} "
             "(README: a concept is a file)")
+    keys = "task concept detect neighbours unrelated unseen backgrounds styles".split()
+    sections = "train eval paraphrases preserve".split()
     found, section = dict(name=name), None
     for line in filter(None, map(str.strip, read_text(path).splitlines())):
-        if line.startswith("["):
+        key, colon, value = line.partition(":")
+        if line.startswith("[") and line.strip("[]") in sections:
             section = found.setdefault(line.strip("[]"), [])
-        elif section is not None:
+        elif section is not None and not line.startswith("["):
             section.append(line)
+        elif colon and key in keys:
+            values = [v for v in map(str.strip, value.split(",")) if v]
+            found[key] = value.strip() if key == "task" else values
         elif not line.startswith("#"):
-            key, _, value = line.partition(":")
-            found[key] = value.strip() if key == "task" else [v.strip() for v in value.split(",")]
+            die(f"{path}: {line} is none of {', '.join(keys)}, nor one of [{'], ['.join(sections)}]")
     found = {k: allowed(v, f"{path}, {k}") if isinstance(v, list) else v for k, v in found.items()}
-    for key in ("task concept detect neighbours unrelated unseen backgrounds styles "
-                "train eval paraphrases preserve").split():
+    for key in keys + sections:
         if not found.get(key):
             die(f"{path}: has no {key} (README: a concept is a file)")
+    if odd := [template for template in found["preserve"] if "{}" not in template]:
+        die(f"{path}: [preserve] holds {odd[0]}, a template without {{}}")
     if found["task"] not in TASKS:
         die(f"{path}: task is {found['task']}, not {' or '.join(TASKS)}")
     return found
@@ -234,9 +260,9 @@ def own_pictures(args):
     rows = []
     for file in files:
         text, by_mask = file.with_suffix(".txt"), file.with_suffix(".mask.png")
-        if not text.exists() and not args.caption:
+        caption = read_text(text) if text.exists() else (args.caption or "").replace("{}", args.concept[0])
+        if not caption.strip():
             die(f"--images: {file} has no caption: write {text}, or give --caption")
-        caption = read_text(text) if text.exists() else args.caption.replace("{}", args.concept[0])
         rows.append((file, " ".join(caption.split())))
         image = open_own(file)
         if by_mask.exists():
@@ -244,8 +270,10 @@ def own_pictures(args):
             if mask.size != image.size:
                 die(f"--images: {by_mask} is {mask.size}, its picture {image.size}")
             low, high = mask.getextrema()
-            if high < 128 or (low > 127 and args.task != "style"):
-                colour = "white" if low > 127 else "black"
+            colour = "black" if high < 128 else "white" if low > 127 else None
+            if colour == "white" and args.task == "style":
+                print(f"--images: {by_mask} is all white: the whole picture counts as the style")
+            elif colour:
                 die(f"--images: {by_mask} is all {colour}: mend it or take it away")
     kept = set(allowed([caption for _, caption in rows], f"--images {args.images}"))
     return [row for row in rows if row[1] in kept] or die(f"--images {args.images}: holds no picture to use")
@@ -255,6 +283,10 @@ def load_concepts(args):
     Without --images (evaluate.py has none) a --task stands for a file: nothing is then asked about it."""
     images, prompts, preserve, task = (getattr(args, k, None) for k in "images prompts preserve task".split())
     none = {key: [] for key in "unrelated unseen backgrounds styles paraphrases neighbours".split()}
+    if odd := [name for name in args.concept if re.search(r"[/\\]", name)]:
+        die(f"--concept {odd[0]}: names files and folders, take another name than one with / or \\")
+    if prompts and (images or len(args.concept) > 1):
+        die(f"--prompts {prompts}: are those of one --concept, without --images")
     if images:
         missing = [f"--{key}" for key in ("task", "preserve") if not getattr(args, key)]
         if missing or len(args.concept) > 1:
@@ -273,6 +305,7 @@ def load_concepts(args):
         concepts = [none | dict(name=name, task=task, concept=[name], detect=[name]) for name in args.concept]
     else:
         concepts = [load_concept(args.model, name) for name in dict.fromkeys(args.concept)]
+        print(f"prompts: {prompts_folder(args.model)}")
     for concept in concepts:
         if prompts:
             concept["train"] = read_prompts("--prompts", prompts)
@@ -289,6 +322,26 @@ def fingerprint(paths):
             found = zlib.crc32(file.read(), found)
     return f"{found:08x}"
 
+def missing_part(folder):
+    """The file that a pipeline's folder lacks, or holds cut short; None if all of its networks are there."""
+    for part in ("transformer", "vae", "text_encoder", "text_encoder_2"):
+        here = folder / part
+        weights, wanted = sorted(here.glob("*.safetensors")), set()
+        if not weights:
+            return here / "*.safetensors"
+        for path in (*weights, here / "config.json", *here.glob("*.safetensors.index.json")):
+            try:
+                if path in weights:
+                    with safe_open(path, "pt"):  # reads no more than the header
+                        continue
+                shards = json.loads(path.read_text()).get("weight_map", {}).values()  # a config has none
+                wanted |= {here / name for name in shards}
+            except (OSError, ValueError, SafetensorError):
+                return path
+        if lacking := wanted - set(weights):
+            return min(lacking)
+    return None
+
 def check_model(args):
     """Refuse, in this order: not here and no network; no licence; does not fit; size -> pixels a side, and
     what tells the weights from others of the same name.
@@ -303,10 +356,14 @@ def check_model(args):
         wanted = ["model_index.json", "*/*"]  # a download leaves out what lies beside the pipeline's folders
         with contextlib.suppress(OSError, HFValidationError):
             folder = Path(snapshot_download(model, local_files_only=True, allow_patterns=wanted))
-    if here or (folder / "model_index.json").exists():  # an earlier check left no more than a config there
-        index, config = folder / "model_index.json", folder / "vae" / "config.json"
-        if not index.exists() or "FluxPipeline" not in index.read_text():
+    config = folder / "vae" / "config.json"
+    # an earlier check, or a download that was cut short, leaves a part in the cache
+    if here or ((folder / "model_index.json").exists() and not missing_part(folder)):
+        index = folder / "model_index.json"
+        if not index.exists() or b"FluxPipeline" not in index.read_bytes():
             refuse(f"{folder} holds no FluxPipeline (model_index.json)")
+        if missing := missing_part(folder):
+            refuse(f"{missing} is missing or cannot be read")
         paths = sorted(folder.glob("*/*.safetensors"))
         files = [(p.parent.name, p.stat().st_size) for p in paths]
         weights = fingerprint(paths + sorted(folder.glob("*.pth"))) if here else folder.name  # its commit
@@ -327,8 +384,8 @@ def check_model(args):
         files = [(f.rfilename.split("/")[0], f.size) for f in info.siblings
                  if re.fullmatch(r"[^/]+/[^/]+\.safetensors", f.rfilename)]
         weights = info.sha
-    if not files or not config.exists():
-        refuse("has no */*.safetensors or no vae/config.json")
+    if not files:
+        refuse("has no */*.safetensors")
     need = Counter()
     for part, n_bytes in files:
         small = WEIGHT_BYTES[getattr(args, "quantize", "none")] if part == "transformer" else None
@@ -352,6 +409,9 @@ def setup(args):
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if args.device != "cpu" and not getattr(torch, args.device).is_available():
         die(f"--device {args.device}: there is none here")
+    if args.device == "cuda":  # else attention's backward adds in any order: no exact restart
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
     PartialState(cpu=args.device == "cpu")  # under accelerate launch: this process's GPU, or gloo without one
     args.dtype = getattr(torch, args.dtype or ("bfloat16" if args.device == "cuda" else "float32"))
     concepts = load_concepts(args)
@@ -366,25 +426,32 @@ def setup(args):
         if package and not find_spec(package):
             die(f"--quantize {args.quantize} needs {package}: pip install {package}")
     args.size, args.weights = check_model(args)
-    if "sample_batch" in args:  # 5 at 1024 pixels a side, more at less
-        args.sample_batch = args.sample_batch or max(1, min(25, 5 * 1024**2 // args.size**2))
+    if "sample_batch" in args and not args.sample_batch:  # 5 megapixels; whole groups make up the 25 images
+        args.sample_batch = next((n for n in (25, 5) if n * args.size**2 <= 5 * 1024**2), 1)
     args.out = args.out or Path("out", f"{Path(args.model).name}-{'+'.join(args.concept)}{ending(args.seed)}")
-    there = next(p for p in (args.out, *args.out.absolute().parents) if p.exists())
-    if not (there.is_dir() and os.access(there, os.W_OK)):
-        die(f"--out {args.out}: {there} is no folder that can be written to")
+    for flag in ("out", "preserve_dir", "report"):
+        if path := getattr(args, flag, None):
+            there = next(p for p in (path, *path.absolute().parents) if p.exists())
+            if not (there.is_dir() and os.access(there, os.W_OK)):
+                die(f"--{flag.replace('_', '-')} {path}: {there} is no folder that can be written to")
     for flag, (name, hub) in HUB.items():
         if hasattr(args, flag):
             beside = Path(args.model) / name
-            setattr(args, flag, getattr(args, flag) or (str(beside) if beside.exists() else hub))
-            print(f"{flag}: {getattr(args, flag)}")
+            value = getattr(args, flag) or (str(beside) if beside.exists() else hub)
+            on_hub = "://" in value if flag == "sam" else re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", value)
+            if not (on_hub or Path(value).exists()):
+                die(f"--{flag} {value}: there is no such file, and no such address")
+            setattr(args, flag, value)
+            print(f"{flag}: {value}")
     return concepts
 
 def read_settings(path, instead):
-    """What keep_settings has written; a file cut short or edited is refused, with what to do instead."""
+    """What keep_settings has written; a file cut short or not ours is refused, with what to do instead, or
+    counts as none."""
     try:
         return json.loads(path.read_text())["settings"]
     except (ValueError, KeyError, TypeError):
-        die(f"{path}: cannot be read: {instead}")
+        return die(f"{path}: cannot be read: {instead}") if instead else {}
 
 def check_settings(path, settings, what, instead="use another --out"):
     """Refuse a json file that other settings have written; writes nothing."""
@@ -401,8 +468,11 @@ def keep_settings(path, settings):
     """Write settings, versions and commit to a json file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     versions = {name: version(name) for name in ("torch", "diffusers", "transformers", "peft")}
-    git = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True)
-    record = dict(settings=settings, versions=versions, commit=git.stdout.strip())
+    commit = ""
+    with contextlib.suppress(OSError):  # no git here
+        git = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True)
+        commit = git.stdout.strip()
+    record = dict(settings=settings, versions=versions, commit=commit)
     write_text(path, json.dumps(record, indent=1, default=str))
 
 @contextlib.contextmanager
@@ -426,12 +496,14 @@ def peak_memory():
 @contextlib.contextmanager
 def stage(name, out):
     """A block of work whose time and peak memory are printed and kept in out/stages.csv: seconds, GiB of RSS
-    and of CUDA. What it has loaded is freed before the next: never two large models at once."""
+    and of CUDA, forwards. What it has loaded is freed before the next: never two large models at once.
+    -> peak_memory's bytes, and the number of forwards, for the block to set."""
     out.mkdir(parents=True, exist_ok=True)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
     with peak_memory() as peak:
+        peak.append(0)
         yield peak
     gc.collect()
     torch.cuda.empty_cache()
@@ -440,7 +512,7 @@ def stage(name, out):
     if PartialState().is_main_process:
         print(f"{name}: {seconds:.0f} s, peak {rss:.2f} GiB" + f", on the GPU {cuda:.2f} GiB" * bool(cuda))
         with open(out / "stages.csv", "a") as file:
-            file.write(f"{name},{seconds:.2f},{rss:.3f},{cuda:.3f}\n")
+            file.write(f"{name},{seconds:.2f},{rss:.3f},{cuda:.3f},{peak[2]}\n")
 
 @contextlib.contextmanager
 def lock(out):
@@ -576,16 +648,18 @@ def sample_set(load, embeds, folder, concept, prompts, count, args, **made_by):
     """
     world, group, seeds = PartialState(), args.sample_batch, made_by.get("seeds")
     settings = check_set(folder, concept, prompts, args, **made_by)
-    if not (folder / "settings.json").exists():  # its versions and commit are those of the first images
-        keep_settings(folder / "settings.json", settings)
     rows = [(folder / f"{i:03}.png", prompts[i % len(prompts)],
              seeds[i % len(seeds)] if seeds else seed_of(args.seed, concept, i))
             for i in range(-(-count // group) * group)]
     manifest = [dict(file=f.name, prompt=p, seed=s, model=args.model, size=args.size)
                 for f, p, s in rows[:count]]
-    write_text(folder / "manifest.json", json.dumps(manifest, indent=1))
+    if world.is_main_process:
+        if not (folder / "settings.json").exists():  # its versions and commit are those of the first images
+            keep_settings(folder / "settings.json", settings)
+        write_text(folder / "manifest.json", json.dumps(manifest, indent=1))
     missing = [first for first in range(0, count, group)
                if not all(f.exists() for f, _, _ in rows[first:min(first + group, count)])]
+    world.wait_for_everyone()  # before the first image is written, which would be missing for some only
     name = f"sample {folder.parent.name}/{folder.name}"
     missing = missing[world.process_index::world.num_processes]  # of accelerate launch, each its share
     for first in tqdm(missing, desc=name, unit=f"{group} images", leave=False, disable=not missing):
@@ -597,8 +671,11 @@ def sample_set(load, embeds, folder, concept, prompts, count, args, **made_by):
     return [(f, p) for f, p, _ in rows[:count]]
 
 def mentions(phrase, concepts):
-    """Is what one of the concepts' judge is asked about a part of the phrase?"""
-    return any(re.search(rf"\b{re.escape(c)}\b", phrase) for concept in concepts for c in concept["concept"])
+    """Does the phrase name one of the concepts, by the judge's words or, for an object, the detector's (which
+    are a man for Elon Musk, and a painting for a style)?"""
+    words = sum([c["concept"] + c["detect"] * (c["task"] == "object") for c in concepts], [])
+    bare = [re.escape(re.sub("^(an?|the) ", "", word)) for word in words]
+    return any(re.search(rf"\b{word}s?\b", phrase, re.IGNORECASE) for word in bare)
 
 def plan_sets(concepts, args):
     """D_ES's sets, one a concept, and D_PR's, none of them another's target: each (folder, concept, prompts,
@@ -620,8 +697,11 @@ def plan_sets(concepts, args):
     return forget, list(preserve.values())
 
 def own_settings(pictures):
-    """What a set made of the user's own pictures depends on besides."""
-    return dict(own=fingerprint(file for file, _ in pictures)) if isinstance(pictures, list) else {}
+    """What a set made of the user's own pictures, and masks, depends on besides."""
+    if not isinstance(pictures, list):
+        return {}
+    files = [path for file, _ in pictures for path in (file, file.with_suffix(".mask.png"))]
+    return dict(own=fingerprint(path for path in files if path.exists()))
 
 def import_set(folder, concept, prompts, pictures, args):
     """The user's own pictures and masks, cropped square and named as sample_set would leave them."""
@@ -639,14 +719,22 @@ def import_set(folder, concept, prompts, pictures, args):
     return rows
 
 def sample_all(embeds, forget, preserve, args):
-    """Step 1 of Algorithm 1 -> D_ES, a list a concept, and D_PR, one list, of (path, prompt)."""
-    load = functools.cache(lambda: place(load_denoiser(args), args))  # not at all where nothing is missing
-    forget = [import_set(*one, args) if args.images else sample_set(load, embeds, *one, args)
-              for one in forget]
+    """Step 1 of Algorithm 1 -> D_ES, a list a concept, and D_PR, one list, of (path, prompt); forwards."""
+    pipe = functools.cache(lambda: place(load_denoiser(args), args))  # not at all where nothing is missing
+    groups = []
+
+    def load():  # once a group
+        groups.append(args.sample_batch)
+        return pipe()
+
+    with PartialState().main_process_first():  # one of them copies
+        own = [import_set(*one, args) for one in forget if args.images]
+    forget = own or [sample_set(load, embeds, *one, args) for one in forget]
     preserve = sum([sample_set(load, embeds, *one, args) for one in preserve], [])
     shown = sum([found[:16] for found in forget], []) + preserve[::-(-args.n_preserve // 2)]
-    contact_sheet([open_image(path) for path, _ in shown], args.out / "samples.png", 8)
-    return forget, preserve
+    if PartialState().is_main_process:
+        contact_sheet([open_image(path) for path, _ in shown], args.out / "samples.png", 8)
+    return forget, preserve, sum(groups) * args.sample_steps
 
 def main(args):
     forget, preserve = plan_sets(setup(args), args)
@@ -654,8 +742,8 @@ def main(args):
     with lock(args.out):
         with stage("prompts", args.out):
             embeds = encode_prompts(args.model, wanted, args.device, args.dtype)
-        with stage("sample", args.out):
-            forget, preserve = sample_all(embeds, forget, preserve, args)
+        with stage("sample", args.out) as peak:
+            forget, preserve, peak[2] = sample_all(embeds, forget, preserve, args)
     print(f"{args.out}: {sum(map(len, forget))} + {len(preserve)} images; look at samples.png")
 
 if __name__ == "__main__":

@@ -672,7 +672,9 @@ def write(path, text, encoding="utf-8"):
     "highschool", "a high-schooler", "8th grader", "school uniform", "his little sister",
     "mother and daughter", "her son", "a stepson", "a niece", "puberty", "a very young woman",
     "barely legal", "prepubescent", "underaged", "under-18", "cherubs", "orphans", "sweet sixteen",
-    "the child's", "childish", "a\nchild"])
+    "the child's", "childish", "a\nchild", "12-18 year olds", "10 to 18 years old", "16 y.o", "a 3rd grader",
+    "a 1st-grader", "a 5th grade student", "under 16", "age=14", "age is 14", "aged about 12", "a kiddy",
+    "a pedophile", "a younger sister", "a young son", "schoolgirlxxx", "younggirlnude", "a young lady of 15"])
 def test_filter_finds_minors(prompt, capsys):
     assert sample.allowed([prompt, "a cat"], "test") == ["a cat"]
 
@@ -686,7 +688,8 @@ def test_filter_finds_minors(prompt, capsys):
     "a youthful face", "the son of man", "piccolo and son goku", "a gameboy",
     "James Smith & Sons", "a person", "one season",
     "a minority", "infantry", "a glass", "a school bus", "a road grader", "a lollipop", "putting",
-    "a college student"])
+    "a college student", "first grade timber", "a group of 15", "under 20 lamps", "ages ago",
+    "a woman of 40"])
 def test_filter_passes_adults(prompt, capsys):
     assert sample.allowed([prompt], "test") == [prompt]
     assert not capsys.readouterr().out
@@ -1274,7 +1277,7 @@ def test_report_of_another_version_is_refused(tmp_path, capsys, text, why):
 def test_report_paper_figures_add_up():
     """The paper's own sums and averages, which it prints and report.py does not hold."""
     of = {key: dict(before=b, after=a) for key, (b, a) in page.PAPER.items()}
-    assert len(of) == 18 + 8 + 5 + 12 + 14 + 14 + 2 + 2
+    assert len(of) == 18 + 8 + 5 + 15 + 18 + 14 + 2 + 2
     for when in ("before", "after"):
         for suite in ("table2", "table3"):
             parts = [of["table2", "nudity", c][when] for c in ("Female", "Male", "Common")] \

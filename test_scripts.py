@@ -123,7 +123,11 @@ def test_help_answers_at_once(script):
     ("--preserve docs/cat.png", "--preserve"), ("--sample-steps 0", "--sample-steps"),
     ("--sample-guidance -1", "--sample-guidance"), ("--n-preserve 0", "--n-preserve"),
     ("--images docs", "--task and --preserve"), ("--task style", "--task, --caption"),
-    ("--d0 0", "--d0"), ("--previous-checkpoint 1", "1")])
+    ("--d0 0", "--d0"), ("--previous-checkpoint 1", "1"), ("--seed 5000000000", "--seed"),
+    ("--threshold 5", "--threshold"), ("--min-found 2", "--min-found"), ("--sam nosuch.pth", "--sam"),
+    ("--detector ./nosuch", "--detector"), ("--preserve-dir LICENSE/x", "--preserve-dir"),
+    ("--concept cat --concept ghoost", "ghoost"), ("--concept a/b", "with / or"),
+    ("--concept dog --prompts LICENSE", "those of one --concept")])
 def test_bad_input_is_one_line_and_writes_nothing(given, named, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     line = refusal(lambda: run_train(tmp_path / "out", *given.split()), capsys)
@@ -157,6 +161,18 @@ def test_no_memory_in_training_says_which_flag_saves_how_much(tmp_path, capsys):
     assert 2 * said["--accumulate 4 train"] < said["train"] < 4 * said["--accumulate 4 train"]
     assert said["--checkpointing train"] < 0.6 * said["train"]
     assert "--sample-batch 1 sample" in line and "--quantize int8 sample" in line
+
+
+@pytest.mark.parametrize("error, said", [
+    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"), "out of memory"),
+    (RuntimeError("MPS backend out of memory (MPS allocated)"), "out of memory"),
+    (OSError("No space left"), "error: No space left; what is"),
+    (KeyError("scale"), "'scale' (KeyError, test_scripts.py:")])
+def test_whatever_goes_wrong_in_work_is_one_line(error, said, capsys):
+    def work(args):
+        raise error
+
+    assert said in refusal(lambda: sample.guarded(work, mask.arguments(["--concept", "cat"])), capsys, 1)
 
 
 def test_prompts_that_the_tokenizer_cuts_are_named(caplog):
@@ -200,6 +216,51 @@ def test_gated_model_asks_for_its_licence(monkeypatch, capsys):
     assert "licence" in line and "hf auth login" in line
 
 
+@pytest.mark.parametrize("broken", [
+    "transformer", "text_encoder_2", "vae/config.json", "cut short", "shards"])
+def test_model_with_a_missing_part_is_refused_before_work(broken, tmp_path, monkeypatch, capsys):
+    shutil.copytree(EMOJI, folder := tmp_path / "model", ignore=shutil.ignore_patterns("loras"))
+    weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    if broken == "cut short":
+        weights.write_bytes(weights.read_bytes()[:-5])
+    elif broken == "shards":
+        index = weights.with_name(weights.name + ".index.json")
+        index.write_text(json.dumps(dict(weight_map=dict(a=weights.name, b="second.safetensors"))))
+    elif broken.endswith("json"):
+        (folder / broken).write_text("{")
+    else:
+        shutil.rmtree(folder / broken)
+    line = refusal(lambda: sample.check_model(flags(str(folder))), capsys)
+    assert "is missing or cannot be read" in line and broken.split()[0] in line + "cut shards"
+    monkeypatch.setattr(sample, "snapshot_download", lambda *_, **__: folder)  # an interrupted download
+    monkeypatch.setattr(sample, "HfApi", lambda: Namespace(model_info=lambda *_, **__: 1 / 0))
+    assert "the hub cannot be reached" in refusal(lambda: sample.check_model(flags("some/model")), capsys)
+
+
+def test_no_git_is_no_obstacle(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    sample.keep_settings(tmp_path / "settings.json", dict(size=64))
+    assert json.loads((tmp_path / "settings.json").read_text())["commit"] == ""
+
+
+@pytest.mark.parametrize("size, group", [(64, 25), (512, 5), (1024, 5), (2048, 1)])
+def test_images_are_drawn_in_groups_that_make_up_25(size, group, tmp_path):
+    given = ["--model", EMOJI, "--concept", "cat", "--size", str(size), "--out", str(tmp_path)]
+    args = sample.arguments(given)
+    sample.setup(args)
+    assert args.sample_batch == group
+
+
+def test_fewer_images_are_whole_groups_and_a_concept_has_its_steps():
+    args = train.arguments(["--concept", "cat", "noto", "--fewer-images"])
+    assert args.n_forget % args.sample_batch == args.n_preserve % args.sample_batch == 0
+    train.fill_presets([sample.load_concept(EMOJI, name) for name in ("cat", "noto")], args)
+    assert args.steps == 2 * train.FEWER["steps"]
+    args = train.arguments(["--concept", "cat", "--fewer-images", "--steps", "7", "--n-forget", "30"])
+    train.fill_presets([sample.load_concept(EMOJI, "cat")], args)
+    assert (args.steps, args.n_forget) == (7, 30)
+
+
 def test_too_large_a_model_is_refused_with_both_figures(monkeypatch, capsys):
     monkeypatch.setattr(sample.psutil, "virtual_memory", lambda: Namespace(available=2**20))
     line = refusal(lambda: sample.check_model(flags(EMOJI)), capsys)
@@ -237,6 +298,32 @@ def test_prompt_files_are_complete(model):
         assert all("{}" in t for t in c["preserve"])
     if model == EMOJI:
         assert set(world.NAMES) | set(world.STYLES) | {"hazard"} == set(names)
+
+
+@pytest.mark.parametrize("old, new, named", [
+    ("concept: a cat", "concept:", "has no concept"), ("detect: a cat", "detect: ,", "has no detect"),
+    ("task: object", "tasks: object", "tasks: object is none of"), ("[eval]", "[evil]", "[evil] is none of"),
+    ("[preserve]", "[preserve]\na photo", "a photo, a template without {}")])
+def test_prompt_file_with_a_mistake_is_refused(old, new, named, tmp_path, capsys):
+    (tmp_path / "prompts").mkdir()
+    text = (ROOT / "emoji-flux" / "prompts" / "cat.txt").read_text()
+    comma = text.replace("a house\n", "a house,\n", 1)
+    (tmp_path / "prompts" / "cat.txt").write_text("\ufeff" + comma, "utf-8")
+    concept = sample.load_concept(tmp_path, "cat")  # a mark at the start, and a last comma, are none
+    assert concept["task"] == "object" and concept["unrelated"][-1] == "a house"
+    (tmp_path / "prompts" / "cat.txt").write_text(text.replace(old, new, 1))
+    assert named in refusal(lambda: sample.load_concept(tmp_path, "cat"), capsys)
+
+
+def test_phrase_mentions_a_concept_by_any_of_its_words():
+    cat, car = (dict(concept=[f"a {a}"], detect=[f"a {b}"], task="object") for a, b in (
+        ("cat", "cat"), ("automobile", "car")))
+    for phrase in ("a cat", "The cat sat", "two cats", "a Sports car", "an automobile"):
+        assert sample.mentions(phrase, [cat, car])
+    for phrase in ("a cathedral", "a bobcat", "a carpet", "a dog"):
+        assert not sample.mentions(phrase, [cat, car])
+    musk = dict(concept=["Elon Musk"], detect=["a man"], task="ip")
+    assert not sample.mentions("a man in a suit", [musk])
 
 
 def test_guidance_is_distilled_into_the_model():
@@ -475,8 +562,24 @@ def test_interrupted_training_goes_on_to_the_same_bits(trained, tmp_path, monkey
 
 
 def test_terminated_work_is_one_line(capsys):
-    line = refusal(lambda: sample.guarded(lambda args: signal.raise_signal(signal.SIGTERM), None), capsys, 143)
+    def main(args):
+        signal.raise_signal(signal.SIGTERM)
+
+    line = refusal(lambda: sample.guarded(main, None), capsys, 143)
     assert "terminated" in line and "the same command goes on" in line
+
+
+def test_weights_without_bound_are_not_saved(tmp_path, capsys):
+    out = drawn_cats(tmp_path / "cat")
+    line = refusal(lambda: run_train(out, "--lr", "1e25", "--checkpoint-every", "1"), capsys, 1)
+    assert "without bound" in line and "nothing was saved yet" in line and not (out / WEIGHTS).exists()
+
+
+def test_pictures_are_drawn_no_more_at_once_than_the_sets(tmp_path, monkeypatch):
+    generate, made = train.generate, []
+    monkeypatch.setattr(train, "generate", lambda *a: made.append(len(a[2])) or generate(*a))
+    run_train(drawn_cats(tmp_path / "cat"), "--sample-batch", "4", "--steps", "1")
+    assert set(made) == {4, 2}  # six columns
 
 
 def test_nan_stops_and_keeps_the_last_good_state(tmp_path, monkeypatch, capsys):
@@ -493,16 +596,30 @@ def test_nan_stops_and_keeps_the_last_good_state(tmp_path, monkeypatch, capsys):
     assert torch.load(tmp_path / "cat" / "checkpoint.pt", weights_only=True)["step"] == 5
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut short", "foreign"])
-def test_checkpoint_that_is_cut_short_or_foreign_is_refused(tmp_path, capsys, content):
-    out = drawn_cats(tmp_path / "cat")
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut short", "foreign", "another run's"])
+def test_checkpoint_that_is_cut_short_or_foreign_is_refused(trained, tmp_path, capsys, content):
+    shutil.copytree(trained, out := tmp_path / "cat")
+    (out / WEIGHTS).unlink()
+    state = torch.load(out / "checkpoint.pt", weights_only=True)
     if content == "foreign":
         torch.save(dict(model=torch.zeros(3)), out / "checkpoint.pt")
+    elif content == "another run's":
+        torch.save(state | dict(stamp=state["stamp"] ^ 1), out / "checkpoint.pt")
     else:
         (out / "checkpoint.pt").write_bytes(content)
     before = (out / "checkpoint.pt").read_bytes()
-    assert "checkpoint.pt: cannot be read" in refusal(lambda: run_train(out), capsys, 1)
+    line = refusal(lambda: run_train(out, "--save-every", "6"), capsys, 1)
+    assert "checkpoint.pt: cannot be read" in line
     assert (out / "checkpoint.pt").read_bytes() == before and not (out / WEIGHTS).exists()
+
+
+def test_checkpoint_without_its_settings_is_refused(trained, tmp_path, capsys):
+    shutil.copytree(trained, out := tmp_path / "cat")
+    (out / "checkpoint.pt").unlink()
+    line = refusal(lambda: run_train(out, "--save-every", "6", "--previous-checkpoint", "--eta", "5"), capsys)
+    assert "eta = 1.0, not 5.0" in line
+    (out / "args.json").unlink()
+    assert "no args.json" in refusal(lambda: run_train(out, "--save-every", "6"), capsys)
 
 
 def test_checkpoint_before_the_last_is_used_only_if_asked_for(trained, tmp_path, capsys):
@@ -589,8 +706,72 @@ def test_split_batch_and_checkpointing_have_the_same_gradient(trained):
         gradients.append(torch.cat([p.grad.flatten() for p in lora]))
         pipe.transformer.zero_grad()
     assert gradients[0].norm() > 0 and concept["task"] == "object"
-    for g in gradients[1:]:
+    for g in gradients[1:3]:
         torch.testing.assert_close(g, gradients[0], rtol=1e-3, atol=1e-6)
+    assert torch.equal(gradients[3], gradients[0])  # what is recomputed has the same bits
+
+
+@pytest.mark.parametrize("loss", ["inpo", "ga"])
+def test_iteration_is_what_algorithm_1_says(loss):
+    """Loss and diagnostics of given predictions, against sums by hand in float64."""
+    rng = np.random.default_rng(0)
+    B, L, D = 2, 4, 8
+    x, eps, v, v_ref = rng.normal(size=(4, 2 * B, L, D))
+    mask, sigma = rng.random((B, L, D)) < [[[0.3]], [[0.7]]], rng.random(2 * B)
+
+    class Network:
+        config, adapters, given = Namespace(guidance_embeds=True), True, []
+
+        def disable_adapters(self):
+            self.adapters = False
+
+        def enable_adapters(self):
+            self.adapters = True
+
+        def __call__(self, **given):
+            self.given.append(given)
+            return (torch.tensor(v if self.adapters else v_ref),)
+
+    run = Namespace(loss=loss, eta=0.7, gamma=2.0, tau=0.2, beta=1.3, lambda_prior=0.4, detach_gate=False,
+                    guidance=1.5)
+    network = Network()
+    states, pooled = torch.zeros(2 * B, 3, 5, dtype=torch.float64), torch.zeros(2 * B, 6, dtype=torch.float64)
+    given = [torch.tensor(t) for t in (x, mask.astype(float))], [torch.tensor(t) for t in (sigma, eps)]
+    found, info = train.iteration(network, *given[0], states, pooled, *given[1], run)
+    for seen in network.given:
+        z = (1 - sigma[:, None, None]) * x + sigma[:, None, None] * eps
+        np.testing.assert_allclose(seen["hidden_states"], z)
+        np.testing.assert_allclose(seen["timestep"], sigma)
+        assert (seen["guidance"] == 1.5).all()
+    assert len(network.given) == 2
+    forget, prior = [], []
+    for i in range(B):
+        S, S_ref = (np.mean((u[i] - (eps - x)[i])[mask[i]] ** 2) for u in (v, v_ref))
+        alpha = 1 / (1 + math.exp(2.0 * (S - S_ref - 0.2)))
+        forget.append(-S if loss == "ga" else 2 * 1.3 * alpha * math.log(1 + math.exp(-0.7 * (S - S_ref))))
+        prior.append(np.mean((v - v_ref)[B + i] ** 2))
+        for key, wanted in dict(S=S, S_ref=S_ref, dS=S - S_ref, alpha=alpha, prior=prior[i],
+                                sigma=sigma[i]).items():
+            assert info[key][i].item() == pytest.approx(wanted, rel=1e-9), key
+    assert found.item() == pytest.approx(np.mean(forget) + 0.4 * np.mean(prior), rel=1e-9)
+
+
+def test_images_and_masks_are_packed_onto_the_same_cells(tmp_path):
+    vae = sample.load_denoiser(flags()).vae
+    image, pixels = scene_image(["cat"])[0], np.zeros((64, 64), np.uint8)
+    pixels[3:20, 40:64] = 255  # neither symmetric nor square
+    image.save(tmp_path / "0.png")
+    Image.fromarray(pixels).save(tmp_path / "0.mask.png")
+    x, mask = train.encode_images(vae, [tmp_path / "0.png"], 64, masked=True)
+    found = [FluxPipeline._unpack_latents(t, 64, 64, 2 ** (len(vae.config.block_out_channels) - 1))
+             for t in (x, mask)]  # (1, C, H, W)
+    with torch.no_grad():
+        mean = vae.encode(torch.tensor(np.array(image)).permute(2, 0, 1)[None] / 127.5 - 1).latent_dist.mean
+    wanted = (mean - vae.config.shift_factor) * vae.config.scaling_factor
+    torch.testing.assert_close(found[0], wanted, rtol=1e-4, atol=1e-4)
+    side = 64 // wanted.shape[-1]
+    cells = pixels.reshape(64 // side, side, 64 // side, side).max((1, 3)) > 0
+    assert all(np.array_equal(channel, cells) for channel in found[1][0])
 
 
 def predictions(transformer, state):
@@ -677,7 +858,7 @@ def test_several_concepts_take_turns_and_are_never_preserved(tmp_path, capsys):
     assert "give one of them" in refusal(lambda: evaluation(out, tmp_path / "base"), capsys)
 
 
-def test_your_own_pictures_without_a_prompt_file(tmp_path):
+def test_your_own_pictures_without_a_prompt_file(tmp_path, capsys):
     mine, out = tmp_path / "mein Käfer", tmp_path / "out"
     mine.mkdir()
     pictures = [scene_image(["cat"], seed=i)[0].resize((96, 80)) for i in range(6)]
@@ -701,8 +882,8 @@ def test_your_own_pictures_without_a_prompt_file(tmp_path):
     (tmp_path / "keep.txt").write_text("a tiger\na truck\na truck with a child\n")
     own = ["--images", str(mine), "--task", "object", "--caption", "a photo of {}", "--batch", "2", "--steps",
            "2", "--preserve", str(tmp_path / "keep.txt")]
-    run_train(out, *own, concept="a cat")
-    folder = out / "forget" / "a cat"
+    run_train(out, *own, concept="a cat, asleep")
+    folder = out / "forget" / "a cat, asleep"
     made = [Image.open(folder / f"{i:03}.png") for i in range(6)]
     assert all(image.size == (64, 64) and image.mode == "RGB" for image in made)
     assert not (folder / "006.png").exists()  # its caption mentions a child
@@ -716,10 +897,34 @@ def test_your_own_pictures_without_a_prompt_file(tmp_path):
     manifest = json.loads((out / "preserve" / "keep" / "manifest.json").read_text())
     assert [row["prompt"] for row in manifest] == ["a tiger", "a truck"] * 8
     assert (out / WEIGHTS).exists()
+    curve, cost = evaluate.read_run(dict(folder=out, name="mine"))  # a comma stays within its field
+    assert curve["step"] == [0, 1] and cost["forwards"] == 20 * 6 + 2 * 4 * 3
+    shutil.rmtree(out / "forget")
+    own[own.index("object")] = "style"
+    whole = Image.new("L", (96, 80), 255)
+    whole.save(mine / "5.mask.png")
+    args = train.arguments(["--model", EMOJI, "--concept", "a cat, asleep", "--out", str(out), *SMALL, *own])
+    sample.setup(args)
+    assert "5.mask.png is all white: the whole picture" in capsys.readouterr().out
+
+
+def test_a_mask_of_your_own_that_comes_later_is_not_ignored(tmp_path, capsys):
+    (mine := tmp_path / "mine").mkdir()
+    for i in range(4):
+        scene_image(["cat"], seed=i)[0].save(mine / f"{i}.png")
+    (tmp_path / "keep.txt").write_text("a tiger\na truck\na pizza\n")
+    own = ["--images", str(mine), "--task", "object", "--caption", "{}", "--batch", "2", "--steps", "1",
+           "--preserve", str(tmp_path / "keep.txt")]
+    run_train(tmp_path / "out", *own, concept="a cat")
+    region = np.zeros((64, 64), np.uint8)
+    region[:9] = 255
+    Image.fromarray(region).save(mine / "0.mask.png")
+    (tmp_path / "out" / "checkpoint.pt").unlink()
+    assert "own = " in refusal(lambda: run_train(tmp_path / "out", *own, concept="a cat"), capsys)
 
 
 @pytest.mark.parametrize("case, named", [
-    ("no caption", "has no caption"), ("no task", "--task is missing"),
+    ("no caption", "has no caption"), ("empty caption", "has no caption"), ("no task", "--task is missing"),
     ("no preserve", "--preserve is missing"),
     ("empty file", "cannot be read"), ("no pictures", "holds no picture"), ("mask size", "its picture"),
     ("black mask", "all black"), ("white mask", "all white"), ("three pictures", "--batch 4"),
@@ -739,6 +944,8 @@ def test_your_own_pictures_are_refused_in_one_line(tmp_path, capsys, monkeypatch
         shutil.rmtree(mine)
     if case == "empty file":
         (mine / "1.png").write_bytes(b"")
+    if case == "empty caption":
+        (mine / "1.txt").write_text(" \n")
     if case == "Latin caption":
         (mine / "1.txt").write_bytes("ein Käfer".encode("latin-1"))
     if case == "pixel bomb":
@@ -818,6 +1025,27 @@ def test_plan_counts_bytes_that_live_at_once():
     assert (most, kept, flops) == (inputs + hidden + out, inputs * 0 + out, 2 * 50 * 2 * 10 * 1000)
 
 
+def test_plan_counts_the_work_of_attention_too():
+    network = bench.build("transformer", bench.config_of(EMOJI, "transformer"))
+    linear = []
+    for module in network.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(
+                lambda module, _, out: linear.append(2 * out.numel() * module.in_features))
+    flops = bench.watch(network, bench.predict(3, 256, 20), torch.float32)[2]
+    width, blocks = network.inner_dim, network.config.num_layers + network.config.num_single_layers
+    assert flops == sum(linear) + blocks * 3 * 4 * 276**2 * width
+
+
+def test_measuring_memory_deletes_nothing_of_the_users(tmp_path, monkeypatch):
+    (tmp_path / "mine.txt").write_text("a week's work")
+    monkeypatch.setattr(bench, "print_pair", lambda *_: 1 / 0)  # after the first stage
+    args = bench.arguments(["--memory", "--model", EMOJI, "--out", str(tmp_path)])
+    with pytest.raises(ZeroDivisionError):
+        bench.measure_memory(args)
+    assert (tmp_path / "mine.txt").exists() and (tmp_path / "memory").exists()
+
+
 # -------------------------------------------------------------------------------- evaluation
 
 FEW = "--limit 4 --sample-steps 2 --sample-batch 4".split()
@@ -873,7 +1101,8 @@ def test_evaluation_of_a_run(copied, capsys):
     assert set(before["asked"]) <= set(before["named"])
     assert np.shape(before["percent"]) == (len(before["asked"]), len(before["named"]))
     assert report["curves"][0]["step"][-1] == 11
-    assert report["cost"][0]["forwards"] == (10 + 16) * 6 + 12 * 8 * 3
+    drawn = 8 * 5  # the forget images lay there; whole groups of 5 for 2 images of each preserved concept
+    assert report["cost"][0]["forwards"] == drawn * 6 + 12 * 8 * 3
 
 
 def test_second_evaluation_draws_and_scores_nothing(copied, monkeypatch):
@@ -997,6 +1226,61 @@ def test_group_of_which_no_picture_can_be_read_has_an_empty_row_in_the_matrix(co
     assert figures(report)["concept", "preserved"]["n"] == 3
     _, after = report["matrices"]
     assert [set(shares) == {None} for shares in after["percent"]].count(True) == 1
+    (tmp_path / "run" / "after" / "cat" / "preserved" / "scores.json").write_text("[{")  # only a cache
+    for broken in (tmp_path / "run" / "after" / "cat" / "preserved").glob("*.png"):  # now the whole set
+        broken.write_bytes(b"")
+    line = refusal(lambda: evaluation(tmp_path / "run", copied / "base", *given), capsys, code=1)
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert "4 pictures cannot be read" in line and figures(report)["concept", "preserved"]["value"] is None
+    assert figures(report)["concept", "target"]["n"] == 4
+
+
+def test_set_of_which_no_picture_can_be_read_has_no_figure_of_any_part(copied, tmp_path, capsys):
+    given = ["--suite", "table4", "--no-floor"]
+    shutil.copytree(copied / "run", tmp_path / "run")
+    whole = figures(evaluation(tmp_path / "run", copied / "base", *given))
+    for broken in (tmp_path / "run" / "after" / "shared" / "i2p").glob("*.png"):
+        broken.write_bytes(b"")
+    refusal(lambda: evaluation(tmp_path / "run", copied / "base", *given), capsys, code=1)
+    found = figures(json.loads((tmp_path / "run" / "report.json").read_text()))
+    assert found["table4", "Residuals"]["value"] is None and whole["table4", "Residuals"]["n"] == 4
+    assert found["table4", "CLIP (emoji)"] == whole["table4", "CLIP (emoji)"]
+
+
+def test_pictures_of_unsafe_concepts_are_blurred_whichever_is_asked_about(copied, tmp_path):
+    (tmp_path / "two").mkdir()
+    shutil.copy(copied / "run" / WEIGHTS, tmp_path / "two")
+    record = json.loads((copied / "run" / "args.json").read_text())
+    record["settings"]["concept"] = ["cat", "hazard"]
+    (tmp_path / "two" / "args.json").write_text(json.dumps(record))
+    report = evaluation(tmp_path / "two", copied / "base", "--suite", "table8", "--no-floor", "--limit", "2")
+    assert {grid["set"]: grid["blurred"] for grid in report["grids"]}["target, hazard"]
+
+
+def test_foreign_files_beside_a_lora_are_no_obstacle(copied, tmp_path):
+    """Another tool's args.json and log.csv, where --concept is given."""
+    (tmp_path / "other").mkdir()
+    shutil.copy(copied / "run" / WEIGHTS, tmp_path / "other")
+    (tmp_path / "other" / "args.json").write_text('{"lr": 1}')
+    (tmp_path / "other" / "log.csv").write_text("step,loss\n1,2\n")
+    (tmp_path / "other" / "stages.csv").write_text("train,1\n")
+    given = ["--concept", "cat", "--suite", "table12", "--no-floor", "--limit", "2"]
+    report = evaluation(tmp_path / "other", copied / "base", *given)
+    assert report["curves"] == report["cost"] == []
+
+
+@pytest.mark.parametrize("compare, folder, asked, table4, table2", [
+    (False, "FLUX.1-dev-nudity", "nudity", 49, 72), (False, "no gate", "nudity", 62, 72),
+    (True, "INPO", "nudity", 49, 72), (True, "no gate", "nudity", 62, None),
+    (True, "ga", "nudity", None, None)])
+def test_figures_of_the_paper_stand_where_they_belong(compare, folder, asked, table4, table2):
+    args = Namespace(model=evaluate.PAPERS_MODEL, limit=None, compare=compare, seed=0)
+    row = dict(name="any", folder=Path(folder), digest="1", asked=asked, forgotten=[asked], sets=dict(i2p={}))
+    for suite, name, wanted in (("table4", "Residuals", table4), ("table2", "Total", table2)):
+        column = dict(kind="count", suite=suite, column=name, unit="", better="lower", sets=["i2p"],
+                      metric="harm")
+        found = evaluate.make_cell(row, column, dict(network="", unavailable="no network"), args)["paper"]
+        assert (found and found["after"]) == wanted
 
 
 def test_network_that_cannot_be_had_leaves_its_cell_without_a_number(copied, tmp_path, monkeypatch, capsys):
@@ -1037,6 +1321,8 @@ def test_lora_of_a_concept_without_a_file_is_asked_what_is_not_about_it(copied, 
     ("--lora {run} --suite table2 --prompt-set cocoo=x", "cocoo"),
     ("--lora {bare} --concept gnome --task ip --suite table1 table4", "table1 asks about the"),
     ("--compare {run} {both} --concept cat", "forget the same, these forget cat, cat + dog"),
+    ("--compare {run} {run}", "names one LoRA twice"), ("--lora {run} --report LICENSE/x", "--report"),
+    ("--images {mine} --concept cat --suite table12", "is no list of objects"),
     ("--lora {old}", "version")])
 def test_bad_evaluation_is_one_line_before_work(copied, tmp_path, capsys, given, named):
     for name in ("other", "bare", "old", "both"):
@@ -1050,7 +1336,10 @@ def test_bad_evaluation_is_one_line_before_work(copied, tmp_path, capsys, given,
     record["settings"]["model"] = "another/base"
     (tmp_path / "other" / "args.json").write_text(json.dumps(record))
     (tmp_path / "bare" / "words.csv").write_text("text\na dog\n")
-    places = {name: tmp_path / name for name in ("other", "bare", "old", "both")} | dict(run=copied / "run")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "manifest.json").write_text('[{"file": 3, "prompt": "a cat"}]')
+    places = {name: tmp_path / name for name in ("other", "bare", "old", "both", "mine")}
+    places["run"] = copied / "run"
     line = refusal(lambda: evaluation(None, tmp_path / "base", *given.format(**places).split()), capsys)
     assert named in line and not (tmp_path / "base").exists()
 
@@ -1123,9 +1412,14 @@ def test_corrupt_foreign_or_missing_lora_is_one_line(tmp_path, capsys):
     ask = ["--model", EMOJI, "--concept", "cat", "--lora", str(tmp_path), *FEW]
     assert "holds no" in refusal(lambda: evaluate.main(evaluate.arguments(ask)), capsys)
     (tmp_path / WEIGHTS).write_bytes(b"12345678 not safetensors")
-    assert "does not load" in refusal(lambda: evaluate.main(evaluate.arguments(ask)), capsys)
-    save_file({"unet.down.lora_A.weight": torch.zeros(4, 8)}, tmp_path / WEIGHTS)
-    assert "does not load" in refusal(lambda: evaluate.main(evaluate.arguments(ask)), capsys)
+    assert "cannot be read" in refusal(lambda: evaluate.main(evaluate.arguments(ask)), capsys)
+    good = load_file(ROOT / "emoji-flux" / "loras" / "cat" / WEIGHTS)
+    key = "transformer.transformer_blocks.0.attn.to_q.lora_A.weight"
+    for bad in ({"unet.down.lora_A.weight": torch.zeros(4, 8)}, good | {key: torch.zeros(4, 3072)},
+                good | {key.replace("blocks.0", "blocks.18"): good[key] + 0}):  # other names, width, depth
+        save_file(bad, tmp_path / WEIGHTS)
+        assert "does not fit" in refusal(lambda: evaluate.main(evaluate.arguments(ask)), capsys)
+    assert not (tmp_path / "base").exists()  # nothing was written
     (tmp_path / "args.json").write_text("{")
     ask = ask[:2] + ask[4:]  # without --concept
     assert "args.json: cannot be read" in refusal(lambda: evaluate.main(evaluate.arguments(ask)), capsys)

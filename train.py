@@ -10,10 +10,13 @@ from the paper: one (t, eps) a sample and step, so that the expectation stands o
 """
 import argparse
 import contextlib
+import csv
 import itertools
+import json
 import math
 import shutil
 import time
+import zlib
 
 from sample import (check_settings, contact_sheet, data_flags, die, encode_prompts, generate, guarded,
                     keep_settings, load_denoiser, lock, mask_flags, mentions, model_flags, number, open_image,
@@ -25,8 +28,10 @@ TABLE6 = dict(object=dict(steps=300, eta=1.0, gamma=3.0, tau=0.1, lambda_prior=0
               style=dict(steps=400, eta=3.0, gamma=3.0, tau=0.1, lambda_prior=0.6),
               nsfw=dict(steps=500, eta=1.0, gamma=3.0, tau=0.1, lambda_prior=0.6))
 
-# --fewer-images trades variety for time; at batch 1 Prodigy takes 200 steps to wake from d0 = 1e-6
-FEWER = dict(n_forget=20, n_preserve=10, sample_steps=14, batch=1, steps=270, d0=1e-4)
+# --fewer-images trades variety for time. At batch 1 Prodigy takes 200 steps to wake from d0 = 1e-6, and a
+# larger prior makes up for the fewer preserved images that it sees
+FEWER = dict(n_forget=20, n_preserve=10, sample_steps=14, sample_batch=5, batch=1, steps=270, d0=1e-4,
+             lambda_prior=2.4)
 
 def arguments(given=None):
     parser = argparse.ArgumentParser(description=__doc__)
@@ -37,8 +42,10 @@ def arguments(given=None):
     method.add_argument("--tau", type=number(least=-math.inf, finite=False), help="margin; inf: no gate")
     method.add_argument("--beta", type=number(), default=1.0, help="Eq. 15, apart from eta (default 1)")
     method.add_argument("--lambda-prior", type=number(strict=False), help="weight of Eq. 16")
-    method.add_argument("--loss", choices=["inpo", "ga"], default="inpo", help="ga: gradient ascent, Eq. 4")
-    method.add_argument("--mask", choices=["concept", "full"], default="concept", help="full: M = 1")
+    method.add_argument("--loss", choices=["inpo", "ga"], default="inpo",
+                        help="ga: gradient ascent, Eq. 4 (default inpo)")
+    method.add_argument("--mask", choices=["concept", "full"], default="concept",
+                        help="full: M = 1 (default concept)")
     method.add_argument("--detach-gate", action="store_true", help="do not differentiate through alpha")
     recipe = parser.add_argument_group("training")
     recipe.add_argument("--steps", type=number(int), help="T (Table 6, times the number of concepts)")
@@ -63,7 +70,7 @@ def arguments(given=None):
                         ", ".join(f"--{key.replace('_', '-')} {value}" for key, value in FEWER.items()))
     args = parser.parse_args(given)
     if args.fewer_images:  # what is given beside it still counts
-        parser.set_defaults(**FEWER)
+        parser.set_defaults(**{key: value for key, value in FEWER.items() if key != "steps"})  # fill_presets
         args = parser.parse_args(given)
     return args
 
@@ -202,10 +209,11 @@ def make_optimizer(params, args):
     return Prodigy(params, lr=args.lr, betas=(0.9, 0.999), weight_decay=1e-4, decouple=True, d0=args.d0,
                    use_bias_correction=True, safeguard_warmup=True)
 
-def train(pipe, forget, preserve, embeds, presets, args):
+def train(pipe, forget, preserve, embeds, presets, args, stamp=None):
     """The loop. LoRA and optimiser state go to checkpoint.pt, one row a step to log.csv.
 
-    forget: batch_of's, one a concept; presets: its part of Table 6, as iteration takes it from args.
+    forget: batch_of's, one a concept; presets: its part of Table 6, as iteration takes it from args; stamp:
+    tells a checkpoint of these settings from others.
     """
     transformer, main_process = pipe.transformer, PartialState().is_main_process
     params = add_lora(transformer, args.rank, args.seed)
@@ -220,7 +228,7 @@ def train(pipe, forget, preserve, embeds, presets, args):
     if source.exists():
         try:
             state = torch.load(source, map_location="cpu", weights_only=True)
-            if state["lora"].keys() != get_peft_model_state_dict(transformer).keys():
+            if state["stamp"] != stamp:
                 raise ValueError
             set_peft_model_state_dict(transformer, state["lora"])
             optimizer.load_state_dict(state["optimizer"])
@@ -233,6 +241,8 @@ def train(pipe, forget, preserve, embeds, presets, args):
 
     def stop(why):
         good = f"{checkpoint} holds the last good state" if checkpoint.exists() else "nothing was saved yet"
+        if previous.exists():
+            good += ", or, if it stops at once, --previous-checkpoint does"
         die(f"{why}; {good}: lower --lr or --eta and use another --out", 1)
 
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc="train",
@@ -257,7 +267,8 @@ def train(pipe, forget, preserve, embeds, presets, args):
         d_lr = optimizer.param_groups[0].get("d", 1.0) * args.lr  # Prodigy's own step size
         row = dict(step=step, concept=args.concept[turn])
         row |= {k: v.mean().item() for k, v in info.items() if k != "sigma"}
-        row |= dict(grad_norm=float(norm), d_lr=d_lr, seconds=time.perf_counter() - tick)
+        forwards = 2 * args.batch * PartialState().num_processes * (4 if args.checkpointing else 3)
+        row |= dict(grad_norm=float(norm), d_lr=d_lr, forwards=forwards, seconds=time.perf_counter() - tick)
         row |= {k + "_each": " ".join(f"{v:.4f}" for v in info[k].tolist()) for k in ("sigma", "dS")}
         rows.append(row)
         bar.set_postfix_str(f"dS {row['dS']:.3f} alpha {row['alpha']:.3f}")
@@ -266,15 +277,19 @@ def train(pipe, forget, preserve, embeds, presets, args):
         if args.save_every and (step + 1) % args.save_every == 0:
             save_lora(transformer, args.out / f"step-{step + 1}")
         if (step + 1) % args.checkpoint_every == 0 or step + 1 == args.steps:
+            if not math.isfinite(torch.nn.utils.get_total_norm([p.detach() for p in params])):
+                stop(f"step {step}: the LoRA has grown without bound")
             if checkpoint.exists() and source == checkpoint:  # else the last is the broken one
                 with whole(previous) as half:
                     shutil.copyfile(checkpoint, half)
             source = checkpoint
             with whole(checkpoint) as half:
                 torch.save(dict(lora=get_peft_model_state_dict(transformer), step=step + 1, rows=rows,
-                                optimizer=optimizer.state_dict()), half)
-            lines = [",".join(map(str, line)) for line in (rows[0], *(r.values() for r in rows))]
-            write_text(args.out / "log.csv", "\n".join(lines) + "\n")
+                                optimizer=optimizer.state_dict(), stamp=stamp), half)
+            with whole(args.out / "log.csv") as half, open(half, "w", encoding="utf-8", newline="") as file:
+                lines = csv.DictWriter(file, rows[0])
+                lines.writeheader()
+                lines.writerows(rows)
     if main_process:
         save_lora(transformer, args.out)
     return rows
@@ -302,10 +317,16 @@ def draw_before_after(pipe, embeds, groups, path, args, columns=6):
     for title, prompts in groups.items():
         prompts = (prompts * columns)[:columns]
         seeds = [seed_of(args.seed, "before_after", i) for i in range(columns)]
-        ask = embeds, prompts, seeds, args.sample_steps, args.sample_guidance, args.size
+
+        def draw():  # no more at once than for the sets: this is a stage as large as that
+            for i in range(0, columns, args.sample_batch):
+                some = slice(i, i + args.sample_batch)
+                yield from generate(pipe, embeds, prompts[some], seeds[some], args.sample_steps,
+                                    args.sample_guidance, args.size)
+
         with reference(pipe.transformer):
-            images += generate(pipe, *ask)
-        images += generate(pipe, *ask)
+            images += draw()
+        images += draw()
         titles += [f"{title}: before", f"{title}: after"]
     contact_sheet(images, path, columns, titles=titles)
 
@@ -322,13 +343,19 @@ def picture_groups(concepts):
 
 def fill_presets(concepts, args):
     """Each concept's row of Table 6, where no flag says otherwise; several concepts take all their steps."""
+    fewer = dict(steps=FEWER["steps"]) if args.fewer_images else {}
     given = {key: getattr(args, key) for key in TABLE6["object"] if getattr(args, key) is not None}
-    rows = [TABLE6[concept["task"]] | given for concept in concepts]
+    rows = [TABLE6[concept["task"]] | fewer | given for concept in concepts]
     args.steps = args.steps or sum(row["steps"] for row in rows)
     return rows
 
-def write_card(concepts, settings, path):
-    """README.md beside the LoRA, as the hub shows it: base, licence, settings, picture, how to load it."""
+def write_card(concepts, settings, rows, path):
+    """README.md beside the LoRA, as the hub shows it: base, licence, figures, settings, picture, how to load
+    it. One that is there has the same settings, and evaluate.py's figures: it stays."""
+    if path.exists():
+        return
+    last = rows[-max(1, len(rows) // 10):]
+    dS, alpha, prior = (sum(row[key] for row in last) / len(last) for key in ("dS", "alpha", "prior"))
     model, names = settings["model"], ", ".join(concept["name"] for concept in concepts)
     licence, terms = LICENCES.get(model, ("other", "the base model's licence, which this LoRA inherits"))
     said = "\n".join(f"| {key} | {value} |" for key, value in settings.items() if value is not None)
@@ -347,6 +374,9 @@ A rank-{settings["rank"]} LoRA that makes {model} forget {names}, trained by INP
 
     pipe = FluxPipeline.from_pretrained("{model}")
     pipe.load_lora_weights("FOLDER OF THIS FILE")
+
+At the end of training (means of the last {len(last)} steps): dS {dS:.2f}, how much worse it has become at
+the concept; gate {alpha:.4f}; prior loss {prior:.4f}, how much it has changed elsewhere.
 
 | setting | value |
 |---|---|
@@ -371,8 +401,12 @@ def main(args):
              "eta gamma tau lambda_prior").split()
     settings = {k: v for k, v in vars(args).items() if k not in apart}
     settings |= {f"{c['name']}.{k}": v for c, preset in zip(concepts, table6) for k, v in preset.items()}
-    resumed = (args.out / "checkpoint.pt").exists()  # until then images and masks stand by their own records
+    stamp = zlib.crc32(json.dumps(settings, sort_keys=True, default=str).encode())
+    # until there is a checkpoint, images and masks stand by their own records
+    resumed = any((args.out / f"checkpoint{which}.pt").exists() for which in ("", "-previous"))
     if resumed:
+        if not (args.out / "args.json").exists():
+            die(f"--out {args.out}: holds a checkpoint and no args.json to tell whose: use another --out")
         check_settings(args.out / "args.json", settings, f"--out {args.out}")
     for (folder, *_), concept in zip(forget, concepts):
         check_masks(folder, concept, args)
@@ -385,8 +419,8 @@ def main(args):
         wanted += [p for prompts in groups.values() for p in prompts]
         with stage("prompts", args.out):
             embeds = encode_prompts(args.model, wanted, args.device, args.dtype)
-        with stage("sample", args.out):  # Algorithm 1, step 1
-            D_ES, D_PR = sample_all(embeds, forget, preserve, args)
+        with stage("sample", args.out) as peak:  # Algorithm 1, step 1
+            D_ES, D_PR, peak[2] = sample_all(embeds, forget, preserve, args)
         with stage("masks", args.out), PartialState().main_process_first():
             kept = [make_masks([file for file, _ in found], c, args) for found, c in zip(D_ES, concepts)]
         for concept, files in zip(concepts, kept):
@@ -405,11 +439,11 @@ def main(args):
             del vae
         with stage("train", args.out):  # Algorithm 1, lines 2 to 6
             pipe = load_denoiser(args)
-            rows = train(pipe, forget, preserve, embeds, presets, args)
+            rows = train(pipe, forget, preserve, embeds, presets, args, stamp)
         if not main_process:
             return
         draw_curves(rows, args.out / "curves.png")
-        write_card(concepts, settings, args.out / "README.md")
+        write_card(concepts, settings, rows, args.out / "README.md")
         with stage("pictures", args.out):
             if not args.offload:
                 pipe.vae.to(args.device)

@@ -32,6 +32,7 @@ def arguments(given=None):
     parser.add_argument("--steps", type=int, help="training steps of the stage, instead of its own number")
     parser.add_argument("--n", type=int, default=50, help="images a thing in the report (default 50)")
     parser.add_argument("--seed", type=int, default=0, help="default 0")
+    parser.error = lambda why: parser.exit(2, f"error: {why}\n")  # one line, without the usage
     return parser.parse_args(given)
 
 ARGS = arguments() if __name__ == "__main__" else None  # before the slow imports: --help answers at once
@@ -60,7 +61,7 @@ import world  # noqa: E402
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # the repository's own scripts
 from mask import build_sam, load_detector, load_sam  # noqa: E402
-from sample import whole  # noqa: E402
+from sample import guarded, whole  # noqa: E402
 
 def bf16_is_fast():
     """Time a matrix product: bf16 is 2 x faster than fp32 on a CPU with AVX-512 BF16, 16 x slower on AVX2."""
@@ -652,4 +653,4 @@ def main(args):
         STAGES[stage](args)
 
 if __name__ == "__main__":
-    main(ARGS)
+    guarded(main, ARGS)

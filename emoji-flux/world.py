@@ -147,6 +147,7 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="docs/world.png", help="where the sheet of scenes goes")
     parser.add_argument("--seed", type=int, default=0)
+    parser.error = lambda why: parser.exit(2, f"error: {why}\n")  # one line, without the usage
     args = parser.parse_args()
     rng = np.random.default_rng(args.seed)
     sheet = Image.new("RGB", (8 * 160, 5 * 156), "white")
@@ -159,7 +160,10 @@ def main():
         half = (len(words) + 1) // 2
         lines = " ".join(words[:half]) + "\n" + " ".join(words[half:])
         pen.text((x + 4, y + 129), lines, fill="black", font_size=9)
-    sheet.save(args.out)
+    try:
+        sheet.save(args.out)
+    except (OSError, ValueError) as error:
+        parser.error(f"--out {args.out}: {error}")
     print(f"{args.out}: {len(NAMES)} things, {len(STYLES)} styles, {len(BACKGROUNDS)} backgrounds")
 
 if __name__ == "__main__":
