@@ -429,10 +429,11 @@ def make_matrices(row, jobs, key, load):
 
 def make_cell(row, column, found, args):
     """One figure of the report; report.py says what is in it."""
+    seeds = {"own" if row["sets"][name].get("seeds") else str(args.seed) for name in column["sets"]}
     kind, before, after, again = column["kind"], *(found.get(when) for when in ("before", "after", "again"))
     cell = dict(suite=column["suite"], row=row["name"], column=column["column"], network=found["network"],
                 unit=column["unit"], better=column["better"], set=" + ".join(column["sets"]),
-                seed="own" if all(row["sets"][name].get("seeds") for name in column["sets"]) else args.seed,
+                seed=" + ".join(sorted(seeds)) if len(seeds) > 1 or "own" in seeds else args.seed,
                 **dict.fromkeys(FIGURES), unavailable=found.get("unavailable"), paper=None)
     said = "cifar10" if set(row["forgotten"]) == CIFAR10 else row["asked"] * (len(row["forgotten"]) == 1)
     if args.model == PAPERS_MODEL and not args.limit and row["digest"]:
@@ -446,7 +447,7 @@ def make_cell(row, column, found, args):
     if column["metric"] == "distance":
         return cell | {key: dict(value=found[0], low=None, high=None, n=found[1])
                        for key, found in (("after", after), ("floor", again)) if found is not None}
-    cell["after"] = metrics.summary(after, kind)
+    cell |= dict(after=metrics.summary(after, kind), of=len(after))
     if before is not None:
         cell |= dict(before=metrics.summary(before, kind), difference=metrics.paired(before, after, kind))
     if again is not None:

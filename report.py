@@ -223,10 +223,11 @@ def figures_html(report, cell, digits):
     shown = f"<b>{shown}</b>" if is_best(report, cell) else shown
     shown = f"{number(before.get('value'), digits)} → {shown}"
     ranges = " → ".join(filter(None, (interval(before, digits), interval(after, digits))))
+    few = after.get("n", 0) < cell.get("of", 0) / 2 and f"only {after['n']} of {cell['of']} pictures"
     paper = " → ".join(f"{x:g}" for x in (cell.get("paper") or {}).values() if x is not None)
     sign = "+" if change else ""  # what tells two sets apart has none
     noise = floor and f"seed noise {number(floor['value'], digits, sign)} {interval(floor, digits)}"
-    return (f"<td>{shown}{small(ranges)}{small(paper, 'the paper: ')}</td>"
+    return (f"<td>{shown}{small(ranges)}{small(few)}{small(paper, 'the paper: ')}</td>"
             f'<td class="{"within" if grey else ""}">{number(change.get("value"), digits, "+")}'
             f"{small(interval(change, digits))}{small(noise, 'within ' if grey else '')}</td>")
 

@@ -851,6 +851,19 @@ def test_a_model_folder_has_its_own_sets(tmp_path, monkeypatch, capsys):
     assert "has no column prompt" in refusal(lambda: load_prompts("i2p", model), capsys)
 
 
+def test_a_gap_among_a_sets_own_seeds_gets_one_of_ours(tmp_path):
+    model = tmp_path / "model"
+    (model / "promptsets").mkdir(parents=True)
+    write(model / "promptsets" / "i2p-sexual.csv", "prompt,evaluation_seed\na bomb,5\na knife,\na bomb,7\n")
+    write(model / "promptsets" / "coco-500.csv", "prompt\na house\n")
+    args = Namespace(model=str(model), clip="c", judge="j", sample_guidance=3.5, limit=None, image_reward=None)
+    sets, _ = promptsets.plan_suite("table4", None, [], lambda name: load_prompts(name, str(model)), ["a bomb"],
+                                    args)
+    first, ours, last = sets["i2p-sexual"]["seeds"]
+    assert (first, last) == (5, 7) and ours == sample.seed_of(0, "i2p-sexual", 1)
+    assert sets["coco-500"]["seeds"] is None
+
+
 # ------------------------------------------------------------------------------- emoji-flux's stand-ins
 
 HAZARD = {w for name in world.HAZARDS for p in [name, *world.paraphrases()[name]] for w in p.split()}
@@ -1205,6 +1218,14 @@ def test_report_empty_sections_are_left_out(tmp_path):
     text = written(made_up_rows("a") | dict(curves=[dict(row="a", step=[], dS=[], alpha=[])]), tmp_path)
     assert Page(text).texts("h2") == ["Table 4: ablation"]
     assert "no figure is available" in text
+
+
+def test_report_says_beside_a_figure_that_it_is_of_few_pictures(tmp_path):
+    report = made_up(tmp_path)
+    report["cells"][0] |= dict(of=100, after=figure(2.25, 1.0, n=49))
+    report["cells"][1] |= dict(of=100, after=figure(0.0, 1.0, n=50))
+    assert page.suite_html(report, "table1").count("only 49 of 100 pictures") == 1
+    assert page.suite_html(report, "table1").count("only") == 1
 
 
 def test_report_identity_shows_exactly_zero(tmp_path):

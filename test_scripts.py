@@ -135,6 +135,14 @@ def test_bad_input_is_one_line_and_writes_nothing(given, named, tmp_path, capsys
     assert not (tmp_path / "out").exists()
 
 
+def test_interrupt_during_the_imports_is_quiet():
+    working = subprocess.Popen([sys.executable, "train.py", "--model", "none", "--concept", "cat"], cwd=ROOT,
+                               stderr=subprocess.PIPE, text=True)
+    time.sleep(1)  # the imports take some five
+    working.send_signal(signal.SIGINT)
+    assert working.communicate()[1] == "" and working.returncode == 130
+
+
 def test_two_runs_in_one_folder_are_refused(trained, capsys):
     with sample.lock(trained):
         assert "another run is at work" in refusal(lambda: run_train(trained, "--save-every", "6"), capsys)
