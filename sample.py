@@ -404,6 +404,16 @@ def check_model(args):
         die(f"--size {size}: must be a multiple of {step}, the VAE's factor times FLUX's 2 x 2 packing")
     return size, weights
 
+def check_reachable(what, name):
+    """Refuse a network that is neither cached nor on the hub, before hours of sampling."""
+    try:
+        snapshot_download(name, local_files_only=True, allow_patterns="*.json")
+    except OSError:
+        try:
+            HfApi().model_info(name, timeout=10)
+        except Exception as error:  # every HTTP stack has a class of its own for "no network"
+            die(f"{what}: neither here, nor cached, nor to be had from the hub ({type(error).__name__})")
+
 def setup(args):
     """Fill in what the flags left open, refuse what cannot work before a thing is written -> the concepts."""
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -441,6 +451,8 @@ def setup(args):
             on_hub = "://" in value if flag == "sam" else re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", value)
             if not (on_hub or Path(value).exists()):
                 die(f"--{flag} {value}: there is no such file, and no such address")
+            if flag == "detector" and not (Path(value).exists() or nudity or "suite" in args):
+                check_reachable(f"--detector {value}", value)
             setattr(args, flag, value)
             print(f"{flag}: {value}")
     return concepts

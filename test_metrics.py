@@ -506,6 +506,17 @@ def test_hub_that_is_away_is_said_in_one_line(load, monkeypatch):
     assert AWAY in said and "connect" in said and "\n" not in said
 
 
+def test_whatever_a_hub_raises_is_not_available_but_no_memory_is_no_memory():
+    class Timeout(Exception):
+        """As an HTTP stack's, which is no OSError."""
+
+    with pytest.raises(metrics.NotAvailable, match=r"org/net cannot be loaded \(Timeout\), connect"):
+        with metrics.reach("org/net"):
+            raise Timeout
+    with pytest.raises(torch.OutOfMemoryError), metrics.reach("org/net"):
+        raise torch.OutOfMemoryError
+
+
 def test_cut_short_or_foreign_clip_is_not_available(tmp_path):
     for file in Path(CLIP).iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())

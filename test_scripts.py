@@ -125,7 +125,8 @@ def test_help_answers_at_once(script):
     ("--images docs", "--task and --preserve"), ("--task style", "--task, --caption"),
     ("--d0 0", "--d0"), ("--previous-checkpoint 1", "1"), ("--seed 5000000000", "--seed"),
     ("--threshold 5", "--threshold"), ("--min-found 2", "--min-found"), ("--sam nosuch.pth", "--sam"),
-    ("--detector ./nosuch", "--detector"), ("--preserve-dir LICENSE/x", "--preserve-dir"),
+    ("--detector ./nosuch", "--detector"), ("--detector no/such", "nor to be had from the hub"),
+    ("--preserve-dir LICENSE/x", "--preserve-dir"),
     ("--concept cat --concept ghoost", "ghoost"), ("--concept a/b", "with / or"),
     ("--concept dog --prompts LICENSE", "those of one --concept")])
 def test_bad_input_is_one_line_and_writes_nothing(given, named, tmp_path, capsys, monkeypatch):
