@@ -327,7 +327,7 @@ def test_prompt_file_with_a_mistake_is_refused(old, new, named, tmp_path, capsys
 def test_phrase_mentions_a_concept_by_any_of_its_words():
     cat, car = (dict(concept=[f"a {a}"], detect=[f"a {b}"], task="object") for a, b in (
         ("cat", "cat"), ("automobile", "car")))
-    for phrase in ("a cat", "The cat sat", "two cats", "a Sports car", "an automobile"):
+    for phrase in ("a Cat", "the cat sat", "two cats", "a sports car", "an automobile"):
         assert sample.mentions(phrase, [cat, car])
     for phrase in ("a cathedral", "a bobcat", "a carpet", "a dog"):
         assert not sample.mentions(phrase, [cat, car])
