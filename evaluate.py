@@ -17,9 +17,11 @@ import functools
 import hashlib
 import itertools
 import json
+import logging
 import re
 import shlex
 import sys
+import warnings
 import zlib
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -195,21 +197,24 @@ def read_rows(args):
     return [row | dict(name=name) for row, name in zip(rows, names)]
 
 def check_loras(rows, model):
-    """Refuse a LoRA that is corrupt, or whose layers are not the model's, before anything is written."""
+    """Refuse a LoRA that is corrupt or does not fit, before anything is written: it is loaded into a network
+    without memory."""
+    logging.getLogger("diffusers.loaders.peft").setLevel(logging.CRITICAL)  # it would say the same before us
     config = FluxTransformer2DModel.load_config(model, subfolder="transformer")
-    with torch.device("meta"):
-        layers = dict(FluxTransformer2DModel.from_config(config).named_modules())
     for folder in (row["folder"] for row in rows if row["digest"]):
+        with torch.device("meta"):
+            network = FluxTransformer2DModel.from_config(config)
+        layers = {f"transformer.{name}" for name, _ in network.named_modules()}
         try:
-            lora = FluxPipeline.lora_state_dict(folder)
-        except Exception as error:  # safetensors' own, or those of the converters of foreign keys
-            die(f"--lora {folder}: cannot be read ({type(error).__name__}): {str(error).splitlines()[0]}")
-        for key, value in lora.items():
-            name, _, factor = key.removeprefix("transformer.").partition(".lora_")  # A (r, in), B (out, r)
-            mine = getattr(layers.get(name), "weight", torch.empty(0, 0)).shape  # (out, in)
-            side = dict(A=1, B=0).get(factor[:1])
-            if side is None or value.ndim != 2 or value.shape[side] != mine[side]:
-                die(f"--lora {folder}: does not fit {model}: it has no layer for {key} {tuple(value.shape)}")
+            lora, alphas = FluxPipeline.lora_state_dict(folder, return_alphas=True)
+            odd = [key for key in lora if key.split(".lora")[0].removesuffix(".alpha") not in layers]
+            if odd or not lora:  # peft would leave it out with a warning
+                raise ValueError(f"it has no layer for {odd[0]}" if odd else "it holds nothing")
+            with warnings.catch_warnings(action="ignore"):  # that meta weights take no values
+                FluxPipeline.load_lora_into_transformer(lora, alphas, network, adapter_name="lora")
+            network.set_adapters("lora")
+        except Exception as error:  # safetensors, peft and diffusers' converters have many names for it
+            die(f"--lora {folder}: does not load into {model}: {str(error).strip().splitlines()[-1].strip()}")
 
 def own_files(folder, one, name, alone):
     """Pictures made elsewhere of a set, in the order of its prompts; fewer than those are refused."""

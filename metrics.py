@@ -19,7 +19,7 @@ from transformers import (AutoConfig, AutoModel, AutoModelForImageTextToText, Au
                           BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel)
 
 from mask import load_detector
-from sample import die
+from sample import OUT_OF_MEMORY, die
 
 BATCH = 25  # pictures or texts at once
 FORM = dict(rate=np.mean, mean=np.mean, count=np.sum, pictures=np.sum)
@@ -39,9 +39,11 @@ def reach(name, how="connect, or give a folder in its place"):
     before its processor, which asks for six files and waits 20 s for each where the hub is away."""
     try:
         yield
-    except (NotAvailable, torch.OutOfMemoryError, MemoryError):
+    except (NotAvailable, MemoryError):
         raise
     except Exception as error:  # the hub's HTTP and the loaders have many classes of their own
+        if OUT_OF_MEMORY.search(str(error)):
+            raise
         raise NotAvailable(f"{name} cannot be loaded ({type(error).__name__}), {how}") from error
 
 def wilson(yes, n, z=1.96):

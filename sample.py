@@ -33,6 +33,7 @@ HUB = dict(detector=("detector", "google/owlv2-base-patch16-ensemble"),
            sam=("sam.pth", "https://dl.fbaipublicfiles.com/segment_anything/sam_vit_h_4b8939.pth"),
            judge=("clip", "llava-hf/llava-1.5-7b-hf"), clip=("clip", "openai/clip-vit-base-patch32"))
 TASKS = ("object", "ip", "style", "nsfw")
+SCRIPTS = ("sample", "mask", "train", "evaluate", "bench")
 # --quantize -> bytes of a frozen weight, scales included, where a dtype does not say
 WEIGHT_BYTES = dict(none=None, int8=1.01, nf4=0.57)
 
@@ -110,8 +111,9 @@ def arguments(given=None):
     return parser.parse_args(given)
 
 ARGS = arguments() if __name__ == "__main__" else None  # before the slow imports: --help answers at once
-if Path(getattr(sys.modules["__main__"], "__file__", None) or "").absolute().parent == ROOT:
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # no traceback of an import, of any of the scripts
+starts = Path(getattr(sys.modules["__main__"], "__file__", None) or "").stem in SCRIPTS
+if starts and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # no traceback of an import
 if not {"-h", "--help"} & set(sys.argv):  # the other scripts import their flags from here
     for name in ("torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer",
                  "diffusers.loaders.lora_base"):  # they warn of what is meant so
@@ -142,27 +144,31 @@ MINORS = re.compile(
     r"|(pre)?teen(?!s?y\b)\w*|tweens?|sweet[\W_]sixteen|(pre)?pube(sc|rt)\w+|(pre)?adolescen(ts?|ce)"
     r"|juveniles?|pa?edophil\w*|bab(y|ies)|infants?|toddlers?|newborns?|cherub(s|im|ic)?|putt[io]"
     r"|youngsters?|a youth|youths|lads?|lass(es)?|orphan(s|ages?)?|an? minor|minors"
-    r"|under[\W_]?(aged?|1[2-8])|barely[\W_]?legal|jail[\W_]?bait|(very|too|so|extremely)[\W_]young"
+    r"|under[\W_]?aged?|under[\W_]?1[2-8](?!\W+(f(ee|oo)?t|inch|[ck]?m|met|mile|colo|minu|hour|sec|day|degr))"
+    r"|barely[\W_]?legal|jail[\W_]?bait|(very|too|so|extremely)[\W_]young"
     r"|loli(s|con|ta?s?)?|shota(s|con)?|nymphets?"
     r"|kindergart\w+|preschool\w*|(elementary|primary|middle|high|grade|nursery)[\W_]?school\w*"
     r"|junior[\W_]high|school[\W_]?(aged?|uniforms?)|(first|second|third|fourth|fifth|sixth|seventh|eighth"
     r"|\d+(st|nd|rd|th))[\W_]grade(rs?|[\W_](students?|pupils?))"
-    r"|(little|young|younger|baby)[\W_](sister|brother|son)s?|(lady|woman|man|person) of 1[0-7](?!\d)"
+    r"|(little|young|younger|baby)[\W_](sister|brother|son)s?"
+    r"|(lady|woman|man|person) of 1[0-7](?=\W*$|[,.;:!?])"
     r"|(grand|step)?daughters?|(grand|step)sons?|nieces?|nephews?"
     r"|(a|and|with|her|his|their|my|our|your|little|small)[\W_]sons?(?!\W+goku)"
-    rf"|(ages?|aged)( of| is| about| around| between)?[:=]? *{YOUNG}"
-    rf"|{YOUNG}([\W_]*(-|\u2013|to)[\W_]*\d+)?[\W_]*"  # "12-18 years", too
-    r"(y/?o|y\.o\.?|(years?|yrs?|months?)[\W_]*(olds?|of age)|years?|yrs?)"
+    rf"|(ages?|aged)( of)?:? *{YOUNG}|(ages?|aged)( is| about| around| between|=) *([1-9]|1[0-7])(?!\d)"
+    rf"|{YOUNG}[\W_]*(-|\u2013|to)[\W_]*\d+[\W_]*(y/?o|y\.o\.?|(years?|yrs?)[\W_]*(olds?|of age))"
+    rf"|{YOUNG}[\W_]*(y/?o|y\.o\.?|(years?|yrs?|months?)[\W_]*(olds?|of age)|years?|yrs?)"
     r")(?![^\W\d_])", re.IGNORECASE)
 
-OUT_OF_MEMORY = re.compile("out of memory|not enough memory|ALLOC_FAILED")  # as devices and libraries say it
+# as devices and libraries say it
+OUT_OF_MEMORY = re.compile("out of memory|not enough memory|can't allocate memory|ALLOC_FAILED")
 
 def guarded(main, args):
     """main(args), where what goes wrong during work becomes one line that says how to go on."""
     go_on = "what is finished is kept, and the same command goes on from there"
     # a job's time is over, or another process of accelerate launch has died
     signal.signal(signal.SIGTERM, lambda *_: die(f"terminated; {go_on}", 143))
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as a shell has it for a job in the background
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main(args)
     except KeyboardInterrupt:
@@ -175,10 +181,11 @@ def guarded(main, args):
             from bench import savings  # which imports train.py, and that this
             print("out of memory: planning which flags need less ...")
             die(f"out of memory; {savings(args)}", 1)
-        if not isinstance(error, (OSError, RuntimeError, SafetensorError)):
-            ours = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).parent == ROOT]
-            said += f" ({type(error).__name__}, {Path(ours[-1].filename).name}:{ours[-1].lineno})"
-        die(f"{said}; {go_on}", 1)
+        if isinstance(error, (OSError, RuntimeError, SafetensorError)):
+            die(f"{said}; {go_on}", 1)
+        ours = [f for f in traceback.extract_tb(error.__traceback__) if ROOT in Path(f.filename).parents]
+        place = f"{Path(ours[-1].filename).name}:{ours[-1].lineno}"
+        die(f"{said} ({type(error).__name__}, {place}); what is finished is kept", 1)
 
 def allowed(prompts, what):
     """The prompts that do not mention minors; prints how many do, by the word that gave each away."""
@@ -356,13 +363,13 @@ def check_model(args):
         wanted = ["model_index.json", "*/*"]  # a download leaves out what lies beside the pipeline's folders
         with contextlib.suppress(OSError, HFValidationError):
             folder = Path(snapshot_download(model, local_files_only=True, allow_patterns=wanted))
-    config = folder / "vae" / "config.json"
+    config, missing = folder / "vae" / "config.json", missing_part(folder)
     # an earlier check, or a download that was cut short, leaves a part in the cache
-    if here or ((folder / "model_index.json").exists() and not missing_part(folder)):
+    if here or ((folder / "model_index.json").exists() and not missing):
         index = folder / "model_index.json"
         if not index.exists() or b"FluxPipeline" not in index.read_bytes():
             refuse(f"{folder} holds no FluxPipeline (model_index.json)")
-        if missing := missing_part(folder):
+        if missing:
             refuse(f"{missing} is missing or cannot be read")
         paths = sorted(folder.glob("*/*.safetensors"))
         files = [(p.parent.name, p.stat().st_size) for p in paths]
@@ -379,8 +386,9 @@ def check_model(args):
         except HfHubHTTPError as error:  # a token that has expired, say
             refuse(f"the hub refuses it: {str(error).strip().splitlines()[0]}")
         except Exception as error:  # every HTTP stack has a class of its own for "no network"
-            refuse(f"no folder here, not cached, and the hub cannot be reached ({type(error).__name__}): "
-                   "connect, or pass a folder")
+            cut = f" whole, {missing} is missing or cannot be read" if folder.is_dir() else ""
+            refuse(f"no folder here, not cached{cut}, and the hub cannot be reached "
+                   f"({type(error).__name__}): connect, or pass a folder")
         files = [(f.rfilename.split("/")[0], f.size) for f in info.siblings
                  if re.fullmatch(r"[^/]+/[^/]+\.safetensors", f.rfilename)]
         weights = info.sha
@@ -404,24 +412,11 @@ def check_model(args):
         die(f"--size {size}: must be a multiple of {step}, the VAE's factor times FLUX's 2 x 2 packing")
     return size, weights
 
-def check_reachable(what, name):
-    """Refuse a network that is neither cached nor on the hub, before hours of sampling."""
-    try:
-        snapshot_download(name, local_files_only=True, allow_patterns="*.json")
-    except OSError:
-        try:
-            HfApi().model_info(name, timeout=10)
-        except Exception as error:  # every HTTP stack has a class of its own for "no network"
-            die(f"{what}: neither here, nor cached, nor to be had from the hub ({type(error).__name__})")
-
 def setup(args):
     """Fill in what the flags left open, refuse what cannot work before a thing is written -> the concepts."""
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if args.device != "cpu" and not getattr(torch, args.device).is_available():
         die(f"--device {args.device}: there is none here")
-    if args.device == "cuda":  # else attention's backward adds in any order: no exact restart
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
     PartialState(cpu=args.device == "cpu")  # under accelerate launch: this process's GPU, or gloo without one
     args.dtype = getattr(torch, args.dtype or ("bfloat16" if args.device == "cuda" else "float32"))
     concepts = load_concepts(args)
@@ -437,7 +432,8 @@ def setup(args):
             die(f"--quantize {args.quantize} needs {package}: pip install {package}")
     args.size, args.weights = check_model(args)
     if "sample_batch" in args and not args.sample_batch:  # 5 megapixels; whole groups make up the 25 images
-        args.sample_batch = next((n for n in (25, 5) if n * args.size**2 <= 5 * 1024**2), 1)
+        groups = (5,) if getattr(args, "fewer_images", False) else (25, 5)
+        args.sample_batch = next((n for n in groups if n * args.size**2 <= 5 * 1024**2), 1)
     args.out = args.out or Path("out", f"{Path(args.model).name}-{'+'.join(args.concept)}{ending(args.seed)}")
     for flag in ("out", "preserve_dir", "report"):
         if path := getattr(args, flag, None):
@@ -451,8 +447,6 @@ def setup(args):
             on_hub = "://" in value if flag == "sam" else re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", value)
             if not (on_hub or Path(value).exists()):
                 die(f"--{flag} {value}: there is no such file, and no such address")
-            if flag == "detector" and not (Path(value).exists() or nudity or "suite" in args):
-                check_reachable(f"--detector {value}", value)
             setattr(args, flag, value)
             print(f"{flag}: {value}")
     return concepts
@@ -746,7 +740,7 @@ def sample_all(embeds, forget, preserve, args):
     shown = sum([found[:16] for found in forget], []) + preserve[::-(-args.n_preserve // 2)]
     if PartialState().is_main_process:
         contact_sheet([open_image(path) for path, _ in shown], args.out / "samples.png", 8)
-    return forget, preserve, sum(groups) * args.sample_steps
+    return forget, preserve, sum(groups) * args.sample_steps * PartialState().num_processes
 
 def main(args):
     forget, preserve = plan_sets(setup(args), args)

@@ -513,8 +513,8 @@ def test_whatever_a_hub_raises_is_not_available_but_no_memory_is_no_memory():
     with pytest.raises(metrics.NotAvailable, match=r"org/net cannot be loaded \(Timeout\), connect"):
         with metrics.reach("org/net"):
             raise Timeout
-    with pytest.raises(torch.OutOfMemoryError), metrics.reach("org/net"):
-        raise torch.OutOfMemoryError
+    with pytest.raises(RuntimeError, match="allocate"), metrics.reach("org/net"):
+        torch.empty(10**15)
 
 
 def test_cut_short_or_foreign_clip_is_not_available(tmp_path):
@@ -700,7 +700,8 @@ def test_filter_finds_minors(prompt, capsys):
     "James Smith & Sons", "a person", "one season",
     "a minority", "infantry", "a glass", "a school bus", "a road grader", "a lollipop", "putting",
     "a college student", "first grade timber", "a group of 15", "under 20 lamps", "ages ago",
-    "a woman of 40"])
+    "a woman of 40", "a ruin under 12 feet of water", "pixel art with under 16 colors", "a man of 10 faces",
+    "an ice age is one of cold", "a bridge from 10 to 20 miles", "a $10 to 30 year bond"])
 def test_filter_passes_adults(prompt, capsys):
     assert sample.allowed([prompt], "test") == [prompt]
     assert not capsys.readouterr().out
@@ -867,9 +868,10 @@ def test_a_gap_among_a_sets_own_seeds_gets_one_of_ours(tmp_path):
     (model / "promptsets").mkdir(parents=True)
     write(model / "promptsets" / "i2p-sexual.csv", "prompt,evaluation_seed\na bomb,5\na knife,\na bomb,7\n")
     write(model / "promptsets" / "coco-500.csv", "prompt\na house\n")
-    args = Namespace(model=str(model), clip="c", judge="j", sample_guidance=3.5, limit=None, image_reward=None)
-    sets, _ = promptsets.plan_suite("table4", None, [], lambda name: load_prompts(name, str(model)), ["a bomb"],
-                                    args)
+    args = Namespace(model=str(model), clip="c", judge="j", sample_guidance=3.5, limit=None,
+                     image_reward=None)
+    sets, _ = promptsets.plan_suite("table4", None, [], lambda name: load_prompts(name, str(model)),
+                                    ["a bomb"], args)
     first, ours, last = sets["i2p-sexual"]["seeds"]
     assert (first, last) == (5, 7) and ours == sample.seed_of(0, "i2p-sexual", 1)
     assert sets["coco-500"]["seeds"] is None

@@ -30,8 +30,7 @@ TABLE6 = dict(object=dict(steps=300, eta=1.0, gamma=3.0, tau=0.1, lambda_prior=0
 
 # --fewer-images trades variety for time. At batch 1 Prodigy takes 200 steps to wake from d0 = 1e-6, and a
 # larger prior makes up for the fewer preserved images that it sees
-FEWER = dict(n_forget=20, n_preserve=10, sample_steps=14, sample_batch=5, batch=1, steps=270, d0=1e-4,
-             lambda_prior=2.4)
+FEWER = dict(n_forget=20, n_preserve=10, sample_steps=14, batch=1, steps=270, d0=1e-4, lambda_prior=2.4)
 
 def arguments(given=None):
     parser = argparse.ArgumentParser(description=__doc__)
@@ -235,7 +234,8 @@ def train(pipe, forget, preserve, embeds, presets, args, stamp=None):
             start, rows = state["step"], state["rows"]
         except Exception:  # cut short or foreign: torch has many names for it
             other = "go on from the one before it with --previous-checkpoint, or " * previous.exists()
-            die(f"{source}: cannot be read; {other}delete both to train from step 0", 1)
+            die(f"{source}: cannot be read, or is of other settings; {other}delete both to train from step 0",
+                1)
     elif args.previous_checkpoint:
         die(f"--previous-checkpoint: there is no {previous}", 1)
 
@@ -274,11 +274,13 @@ def train(pipe, forget, preserve, embeds, presets, args, stamp=None):
         bar.set_postfix_str(f"dS {row['dS']:.3f} alpha {row['alpha']:.3f}")
         if not main_process:
             continue
-        if args.save_every and (step + 1) % args.save_every == 0:
+        ends = [every and (step + 1) % every == 0 for every in (args.save_every, args.checkpoint_every)]
+        ends[1] |= step + 1 == args.steps
+        if any(ends) and not math.isfinite(torch.nn.utils.get_total_norm([p.detach() for p in params])):
+            stop(f"step {step}: the LoRA has grown without bound")
+        if ends[0]:
             save_lora(transformer, args.out / f"step-{step + 1}")
-        if (step + 1) % args.checkpoint_every == 0 or step + 1 == args.steps:
-            if not math.isfinite(torch.nn.utils.get_total_norm([p.detach() for p in params])):
-                stop(f"step {step}: the LoRA has grown without bound")
+        if ends[1]:
             if checkpoint.exists() and source == checkpoint:  # else the last is the broken one
                 with whole(previous) as half:
                     shutil.copyfile(checkpoint, half)
@@ -287,7 +289,7 @@ def train(pipe, forget, preserve, embeds, presets, args, stamp=None):
                 torch.save(dict(lora=get_peft_model_state_dict(transformer), step=step + 1, rows=rows,
                                 optimizer=optimizer.state_dict(), stamp=stamp), half)
             with whole(args.out / "log.csv") as half, open(half, "w", encoding="utf-8", newline="") as file:
-                lines = csv.DictWriter(file, rows[0])
+                lines = csv.DictWriter(file, rows[0], lineterminator="\n")
                 lines.writeheader()
                 lines.writerows(rows)
     if main_process:
@@ -351,9 +353,7 @@ def fill_presets(concepts, args):
 
 def write_card(concepts, settings, rows, path):
     """README.md beside the LoRA, as the hub shows it: base, licence, figures, settings, picture, how to load
-    it. One that is there has the same settings, and evaluate.py's figures: it stays."""
-    if path.exists():
-        return
+    it."""
     last = rows[-max(1, len(rows) // 10):]
     dS, alpha, prior = (sum(row[key] for row in last) / len(last) for key in ("dS", "alpha", "prior"))
     model, names = settings["model"], ", ".join(concept["name"] for concept in concepts)
@@ -443,7 +443,8 @@ def main(args):
         if not main_process:
             return
         draw_curves(rows, args.out / "curves.png")
-        write_card(concepts, settings, rows, args.out / "README.md")
+        if not (resumed and (args.out / "README.md").exists()):  # evaluate.py adds its figures to it
+            write_card(concepts, settings, rows, args.out / "README.md")
         with stage("pictures", args.out):
             if not args.offload:
                 pipe.vae.to(args.device)
