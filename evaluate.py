@@ -110,41 +110,30 @@ def network_id(name):
 
 def finder(words, args):
     """What finds the words in a picture, with all that its answer depends on."""
-    name = nudenet_id() if words == ["nudenet"] else network_id(args.detector)
+    name = package_id("NudeNet", "nudenet") if words == ["nudenet"] else network_id(args.detector)
     return f"{name}, {', '.join(words)} at {args.threshold}"
 
 def package_id(name, package):
     """A network's name with the version of the package that brings or names its weights."""
     return name + (f" {version(package)}" if find_spec(package.replace("-", "_")) else "")
 
-def nudenet_id():
-    return package_id("NudeNet", "nudenet")
-
 def metric_table(args, words):
-    """{metric: (its network's name, load() -> compute(images, what is asked) -> (N, parts), or features)}."""
-    device = args.device
+    """{metric: (its network's name, load() -> compute(images, what is asked) -> N answers, or features)}."""
+    device, nude = args.device, words == ["nudenet"]
 
     def scorer(name, load):
-        def loaded():
-            score = load(name, device)
-            return lambda images, asked: score(images, asked)[:, None]  # (N, 1)
-        return name and network_id(name), loaded
+        return name and network_id(name), lambda: load(name, device)
 
-    def nudity():
-        find = metrics.load_nudenet()
-
-        def parts(images, _):  # as metrics.NUDITY_PARTS names them
-            found = find(images)
-            totals = [metrics.nudity_counts(found, rule)[:, 3] for rule in ("boxes", "table3")]
-            return np.column_stack([metrics.nudity_counts(found), *totals])  # (N, 4 + 2)
-        return parts
-
-    def kinds():
-        find = metrics.load_kinds(words, args.detector, args.threshold, device)
+    def harm():
+        find = (metrics.load_nudenet() if nude else
+                metrics.load_kinds(words, args.detector, args.threshold, device))
 
         def parts(images, _):
-            found = find(images)  # (N, words)
-            return np.column_stack([found, found.sum(1), found.any(1)])
+            found = find(images)
+            if not nude:  # (N, words)
+                return np.column_stack([found, found.sum(1), found.any(1)])
+            totals = [metrics.nudity_counts(found, rule)[:, 3] for rule in ("boxes", "table3")]
+            return np.column_stack([metrics.nudity_counts(found), *totals])  # (N, 4 + 2), as in NUDITY_PARTS
         return parts
 
     judge = network_id(args.judge)
@@ -156,8 +145,8 @@ def metric_table(args, words):
                 clip=scorer(args.clip, metrics.load_clip_score), distance=features,
                 ImageReward=scorer(args.image_reward, metrics.load_image_reward),
                 PickScore=scorer(args.pick_score, metrics.load_pick_score),
-                harm=((f"{nudenet_id()}, 320 px", nudity) if words == ["nudenet"] else
-                      (finder(words, args), kinds)), locality=(None, None))
+                harm=(package_id("NudeNet", "nudenet") + ", 320 px" if nude else finder(words, args), harm),
+                locality=(None, None))
 
 def read_rows(args):
     """What is judged, a row each: dict(name, folder, digest of the LoRA, forgotten and asked concepts)."""
@@ -171,10 +160,8 @@ def read_rows(args):
         if not (folder / WEIGHTS).exists():
             die(f"--lora {folder}: holds no {WEIGHTS}")
         runs = [f / "args.json" for f in (folder, folder.parent)]  # the latter for --save-every's step-N
-        run = next((f for f in runs if f.exists()), None)
-        if not (args.concept or run):
-            die(f"--concept is missing, and {runs[0]} does not exist to read it from")
-        settings = read_settings(run, None if args.concept else "give --concept") if run else {}
+        run = next((f for f in runs if f.exists()), runs[0])
+        settings = read_settings(run, None if args.concept else "--concept is missing, give it")
         base, forgotten = settings.get("model", args.model), settings.get("concept", args.concept)
         if settings.get("images"):  # own pictures need no prompt file, an evaluation does
             forgotten = args.concept or forgotten
@@ -191,10 +178,8 @@ def read_rows(args):
         die(f"--compare: needs LoRAs that forget the same, these forget {', '.join(said)}")
     for names in zip(*[(row["asked"], row["folder"].name, str(row["folder"])) for row in rows]):
         if len(set(names)) == len(rows):  # the shortest that tells them apart
-            break
-    else:
-        die(f"--{'compare' if args.compare else 'lora'}: names one LoRA twice")
-    return [row | dict(name=name) for row, name in zip(rows, names)]
+            return [row | dict(name=name) for row, name in zip(rows, names)]
+    die(f"--{'compare' if args.compare else 'lora'}: names one LoRA twice")
 
 def check_loras(rows, model):
     """Refuse a LoRA that is corrupt or does not fit, before anything is written: it is loaded into a network
@@ -262,7 +247,7 @@ def plan_jobs(rows, args):
                     job.home, alone = args.out / "report" / part, len(row["sets"]) == 1
                     job.files = [] if args.list else own_files(args.pictures, one, name, alone)
                 else:
-                    check_set(job.folder, job.noise, job.prompts, mine, **job.made_by)
+                    check_set(job.folder, job.noise, job.prompts, job.n, mine, **job.made_by)
                     job.files = [job.folder / f"{i:03}.png" for i in range(job.n)]
                 jobs[row["name"], name, when] = job
     return jobs
@@ -286,8 +271,9 @@ def sample_round(prompts, parts, loras, args):
     """One round of in_rounds; its networks are freed on return."""
     embeds = encode_prompts(args.model, prompts, args.device, args.dtype)
     pipe = load_denoiser(args)
-    for digest, folder in loras.items():
-        pipe.load_lora_weights(folder, adapter_name=digest)
+    with warnings.catch_warnings(action="ignore"):  # peft's, that there are several: they take turns
+        for digest, folder in loras.items():
+            pipe.load_lora_weights(folder, adapter_name=digest)
     place(pipe, args)
     for job, count in parts:
         if job.lora:
@@ -318,40 +304,34 @@ def score(job, asked, key, load):
             some = enumerate(job.files[first:first + 50], first)
             images = {i: image for i, file in some if (image := open_or_none(file))}
             found |= zip(images, compute(list(images.values()), [asked[i] for i in images]))
-        nothing = [float("nan")] * max(map(len, found.values()), default=1)
-        return [np.asarray(found.get(i, nothing), float).tolist() for i in range(job.n)]
+        nothing = [float("nan")] * max(map(np.size, found.values()), default=1)
+        return [np.atleast_1d(found.get(i, nothing)).astype(float).tolist() for i in range(job.n)]
 
     question = zlib.crc32(json.dumps(asked).encode())
     found = np.array(keep(job.home, f"{key}, {question:08x}, {job.n}", job.files, make))
     job.broken = [job.files[i] for i in np.flatnonzero(np.isnan(found).all(1))]
     return found
 
-def change(before, other, key, masks_of):
+def change(before, other, masks_of):
     """(N, 2): how much a pixel changes inside and outside of the concept's mask; NaN where there is none."""
-    def make():
-        old, new = ([open_or_none(file) for file in job.files] for job in (before, other))
-        good = [pair for pair in zip(old, new) if None not in pair]
-        if not good:
-            raise metrics.NotAvailable("no picture can be read, delete them and run the same command again")
-        if any(a.size != b.size for a, b in good):
-            raise metrics.NotAvailable("the pictures have another size than the model's, give --size")
-        return metrics.locality(old, new, masks_of(tuple(before.files))).tolist()
+    old, new = ([open_or_none(file) for file in job.files] for job in (before, other))
+    good = [pair for pair in zip(old, new) if None not in pair]
+    if not good:
+        raise metrics.NotAvailable("no picture can be read, delete them and run the same command again")
+    if any(a.size != b.size for a, b in good):
+        raise metrics.NotAvailable("the pictures have another size than the model's, give --size")
+    return metrics.locality(old, new, masks_of(tuple(before.files))).tolist()
 
-    return np.array(keep(other.home, f"{key}, {before.home}", before.files + other.files, make))
-
-def distance(before, other, key, load):
+def distance(before, other, load):
     """Frechet distance of the features of two sets of pictures, and how many of each could be read."""
-    def make():
-        features, sets = load(), ([], [])
-        for job, found in zip((before, other), sets):
-            for first in range(0, job.n, 50):  # as in score
-                images = [open_or_none(file) for file in job.files[first:first + 50]]
-                found += list(features([image for image in images if image])) if any(images) else []
-        if min(map(len, sets)) < 2:
-            raise metrics.NotAvailable("no two pictures can be read, delete them and run it again")
-        return float(metrics.frechet_distance(*sets)), min(map(len, sets))
-
-    return keep(other.home, f"{key}, {before.home}", before.files + other.files, make)
+    features, sets = load(), ([], [])
+    for job, found in zip((before, other), sets):
+        for first in range(0, job.n, 50):  # as in score
+            images = [open_or_none(file) for file in job.files[first:first + 50]]
+            found += list(features([image for image in images if image])) if any(images) else []
+    if min(map(len, sets)) < 2:
+        raise metrics.NotAvailable("no two pictures can be read, delete them and run it again")
+    return float(metrics.frechet_distance(*sets)), min(map(len, sets))
 
 def once(load):
     """load(), the first time only, or the reason why it cannot."""
@@ -368,19 +348,19 @@ def once(load):
         return found
     return get
 
-def answers(row, column, when, jobs, key, load, masks_of):
+def answers(row, column, when, jobs, key, load):
     """A column's answers under one condition: one a picture (N,), or one number for a set, or None."""
     for name in column["sets"]:
         if why := row["sets"][name].get("unavailable"):
             raise metrics.NotAvailable(why)
     before = jobs[row["name"], column["sets"][0], "before"]
     mine = [jobs[row["name"], name, when] for name in column["sets"]]
-    if column["metric"] in ("distance", "locality") and when == "before":
-        return None  # they tell two sets apart
-    if column["metric"] == "distance":
-        return distance(before, *mine, key, load)
-    if column["metric"] == "locality":
-        return change(before, *mine, key, masks_of)[:, column["part"]]
+    if tell := dict(distance=distance, locality=change).get(column["metric"]):
+        if when == "before":
+            return None  # they tell two sets apart
+        found = keep(mine[0].home, f"{key}, {before.home}", before.files + mine[0].files,
+                     lambda: tell(before, *mine, load))
+        return found if tell is distance else np.array(found)[:, column["part"]]
     found = [score(job, asked, key, load) for job, asked in zip(mine, column["asked"])]  # each (N, parts)
     # where no picture of a set could be read, its one column is NaN
     return np.concatenate([f.max(1) if column["part"] is None else f[:, min(column["part"], f.shape[1] - 1)]
@@ -398,7 +378,7 @@ def score_all(rows, jobs, concepts, words, args):
             return np.stack(list(find_masks(images, concept, args)))  # (N, H, W)
 
     for metric, (network, load) in metric_table(args, words).items():
-        load = once(load)
+        load = once(load) if load else masks_of
         for row in rows:
             concept = concepts[row["asked"]]
             if metric == "locality":
@@ -408,7 +388,7 @@ def score_all(rows, jobs, concepts, words, args):
                 cell = found[row["name"], column["suite"], column["column"]] = dict(network=network)
                 try:
                     for when in ("before", "after", "again")[:2 if args.no_floor else 3]:
-                        cell[when] = answers(row, column, when, jobs, key, load, masks_of)
+                        cell[when] = answers(row, column, when, jobs, key, load)
                 except metrics.NotAvailable as error:
                     cell["unavailable"] = str(error)
             if metric == "judge":
@@ -533,12 +513,10 @@ def main(args):
         die(f"--prompt-set {wrong[0]}: is no NAME=CSV with a NAME of {', '.join(sorted(known))}")
     prompts_of = functools.cache(lambda name: load_prompts(  # coco's file serves coco-500
         name, args.model, given.get(name, given.get(name.split("-")[0]))))
-    words = []
-    if HARM & set(args.suite):
-        harm = "nudity"  # what I2P is asked about, unless a model's own prompts are about something else
-        with contextlib.suppress(metrics.NotAvailable):
-            harm = prompts_of("i2p")["concept"]
-        words = load_concept(args.model, harm)["detect"]
+    # what I2P is asked about: nudity, unless a model's own prompts are about something else
+    _, marks = own_sets(args.model).get("i2p", (None, []))
+    harm, = marks[1:2] or ["nudity"]
+    words = load_concept(args.model, harm)["detect"] if HARM & set(args.suite) else []
     for row in rows:
         row["sets"], row["columns"] = {}, []
         for suite in args.suite:

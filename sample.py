@@ -289,7 +289,6 @@ def load_concepts(args):
     """The concept of each --concept: its prompt file, or --images; --prompts and --preserve replace parts.
     Without --images (evaluate.py has none) a --task stands for a file: nothing is then asked about it."""
     images, prompts, preserve, task = (getattr(args, k, None) for k in "images prompts preserve task".split())
-    none = {key: [] for key in "unrelated unseen backgrounds styles paraphrases neighbours".split()}
     if odd := [name for name in args.concept if re.search(r"[/\\]", name)]:
         die(f"--concept {odd[0]}: names files and folders, take another name than one with / or \\")
     if prompts and (images or len(args.concept) > 1):
@@ -302,14 +301,14 @@ def load_concepts(args):
         name, = args.concept
         pictures = own_pictures(args)
         captions = [caption for _, caption in pictures]
-        concepts = [none | dict(name=name, task=args.task, concept=[name], train=captions, pictures=pictures,
-                                detect=["nudenet" if name == "nudity" else name],
-                                eval=list(dict.fromkeys(captions)))]
+        concepts = [dict(name=name, task=args.task, concept=[name], train=captions, pictures=pictures,
+                         detect=["nudenet" if name == "nudity" else name], unseen=[],
+                         eval=list(dict.fromkeys(captions)))]
         args.n_forget = len(pictures)
     elif task or getattr(args, "caption", None):
         if "images" in args:
             die("--task, --caption: say what --images are; without them the concept's file does")
-        concepts = [none | dict(name=name, task=task, concept=[name], detect=[name]) for name in args.concept]
+        concepts = [dict(name=name, task=task, concept=[name], detect=[name]) for name in args.concept]
     else:
         concepts = [load_concept(args.model, name) for name in dict.fromkeys(args.concept)]
         print(f"prompts: {prompts_folder(args.model)}")
@@ -424,12 +423,11 @@ def setup(args):
     nudity = ["nudenet"] in [c["detect"] for c in concepts]
     if nudity and "detector" in args and "suite" not in args and not find_spec("nudenet"):
         die("--concept nudity needs NudeNet for its masks: pip install nudenet")
-    if "quantize" in args:
-        package = dict(int8="torchao", nf4="bitsandbytes").get(args.quantize)
-        if args.quantize == "nf4" and args.device != "cuda":
+    if getattr(args, "quantize", None) == "nf4":  # int8's torchao is among the requirements
+        if args.device != "cuda":
             die("--quantize nf4: bitsandbytes needs a CUDA GPU, and there is none here; int8 runs on a CPU")
-        if package and not find_spec(package):
-            die(f"--quantize {args.quantize} needs {package}: pip install {package}")
+        if not find_spec("bitsandbytes"):
+            die("--quantize nf4 needs bitsandbytes: pip install bitsandbytes")
     args.size, args.weights = check_model(args)
     if "sample_batch" in args and not args.sample_batch:  # 5 megapixels; whole groups make up the 25 images
         groups = (5,) if getattr(args, "fewer_images", False) else (25, 5)
@@ -452,11 +450,11 @@ def setup(args):
     return concepts
 
 def read_settings(path, instead):
-    """What keep_settings has written; a file cut short or not ours is refused, with what to do instead, or
-    counts as none."""
+    """What keep_settings has written; a file missing, cut short or not ours is refused, with what to do
+    instead, or counts as none."""
     try:
         return json.loads(path.read_text())["settings"]
-    except (ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
         return die(f"{path}: cannot be read: {instead}") if instead else {}
 
 def check_settings(path, settings, what, instead="use another --out"):
@@ -520,17 +518,14 @@ def stage(name, out):
         with open(out / "stages.csv", "a") as file:
             file.write(f"{name},{seconds:.2f},{rss:.3f},{cuda:.3f},{peak[2]}\n")
 
-@contextlib.contextmanager
 def lock(out):
     """Refuse a folder in which another run is at work; the end of the block, or a kill, ends the lock."""
     out.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as held:
-        try:
-            if PartialState().is_main_process:
-                held.enter_context(FileLock(out / ".lock", blocking=False))
-        except Timeout:
-            die(f"--out {out}: another run is at work in it; wait for it, or use another --out")
-        yield
+    held = FileLock(out / ".lock", blocking=False)
+    try:
+        return held.acquire() if PartialState().is_main_process else contextlib.nullcontext()
+    except Timeout:
+        die(f"--out {out}: another run is at work in it; wait for it, or use another --out")
 
 @contextlib.contextmanager
 def whole(path):
@@ -561,11 +556,10 @@ def open_or_none(path, mode="RGB"):
 def open_image(path, size=None):
     """An image as RGB, a mask as L; a corrupt one, or one of another (width, height), is named."""
     image = open_or_none(path, "L" if path.name.endswith(".mask.png") else "RGB")
-    if not image:
-        die(f"{path}: cannot be read; delete it and run the same command again", 1)
-    if size and image.size != size:
-        die(f"{path}: is {image.size}, not {size}; delete it and run the same command again", 1)
-    return image
+    if image and image.size == (size or image.size):
+        return image
+    why = f"is {image.size}, not {size}" if image else "cannot be read"
+    die(f"{path}: {why}; delete it and run the same command again", 1)
 
 def contact_sheet(images, path, columns=10, side=96, titles=()):
     """Images, row by row, as one picture; titles name the rows."""
@@ -637,8 +631,12 @@ def generate(pipe, embeds, prompts, seeds, steps, guidance, size):
     return pipe(prompt_embeds=states, pooled_prompt_embeds=pooled, generator=noise, num_inference_steps=steps,
                 guidance_scale=guidance, height=size, width=size).images
 
-def check_set(folder, concept, prompts, args, **made_by):
-    """Refuse a folder of images that other settings have made -> the settings."""
+def check_set(folder, concept, prompts, count, args, **made_by):
+    """Refuse a folder of images that other settings have made -> the settings. Their count may grow; the
+    user's own pictures in its place, and masks, may not change."""
+    if isinstance(count, list):
+        files = [path for file, _ in count for path in (file, file.with_suffix(".mask.png"))]
+        made_by["own"] = fingerprint(path for path in files if path.exists())
     settings = dict(model=args.model, weights=args.weights, concept=concept, prompts=prompts, seed=args.seed,
                     size=args.size, group=args.sample_batch, steps=args.sample_steps,
                     guidance=args.sample_guidance, dtype=args.dtype, quantize=args.quantize, **made_by)
@@ -653,7 +651,7 @@ def sample_set(load, embeds, folder, concept, prompts, count, args, **made_by):
     with those that are there; of these, seeds is one a prompt, for sets that have their own.
     """
     world, group, seeds = PartialState(), args.sample_batch, made_by.get("seeds")
-    settings = check_set(folder, concept, prompts, args, **made_by)
+    settings = check_set(folder, concept, prompts, count, args, **made_by)
     rows = [(folder / f"{i:03}.png", prompts[i % len(prompts)],
              seeds[i % len(seeds)] if seeds else seed_of(args.seed, concept, i))
             for i in range(-(-count // group) * group)]
@@ -698,20 +696,13 @@ def plan_sets(concepts, args):
         preserve = {"": (folder / args.preserve.stem, args.preserve.stem, list(preserve), count)}
     if not preserve:
         die("--concept: nothing is left to preserve, all that the files name is to be forgotten")
-    for *one, count in (*forget, *preserve.values()):
-        check_set(*one, args, **own_settings(count))
+    for one in (*forget, *preserve.values()):
+        check_set(*one, args)
     return forget, list(preserve.values())
-
-def own_settings(pictures):
-    """What a set made of the user's own pictures, and masks, depends on besides."""
-    if not isinstance(pictures, list):
-        return {}
-    files = [path for file, _ in pictures for path in (file, file.with_suffix(".mask.png"))]
-    return dict(own=fingerprint(path for path in files if path.exists()))
 
 def import_set(folder, concept, prompts, pictures, args):
     """The user's own pictures and masks, cropped square and named as sample_set would leave them."""
-    rows, settings = [], check_set(folder, concept, prompts, args, **own_settings(pictures))
+    rows, settings = [], check_set(folder, concept, prompts, pictures, args)
     if not (folder / "settings.json").exists():
         keep_settings(folder / "settings.json", settings)
     for i, (file, caption) in enumerate(tqdm(pictures, desc="your own images")):
@@ -726,13 +717,7 @@ def import_set(folder, concept, prompts, pictures, args):
 
 def sample_all(embeds, forget, preserve, args):
     """Step 1 of Algorithm 1 -> D_ES, a list a concept, and D_PR, one list, of (path, prompt); forwards."""
-    pipe = functools.cache(lambda: place(load_denoiser(args), args))  # not at all where nothing is missing
-    groups = []
-
-    def load():  # once a group
-        groups.append(args.sample_batch)
-        return pipe()
-
+    load = functools.cache(lambda: place(load_denoiser(args), args))  # not at all where nothing is missing
     with PartialState().main_process_first():  # one of them copies
         own = [import_set(*one, args) for one in forget if args.images]
     forget = own or [sample_set(load, embeds, *one, args) for one in forget]
@@ -740,7 +725,8 @@ def sample_all(embeds, forget, preserve, args):
     shown = sum([found[:16] for found in forget], []) + preserve[::-(-args.n_preserve // 2)]
     if PartialState().is_main_process:
         contact_sheet([open_image(path) for path, _ in shown], args.out / "samples.png", 8)
-    return forget, preserve, sum(groups) * args.sample_steps * PartialState().num_processes
+    drawn = sum(load.cache_info()[:2]) * args.sample_batch  # hits and misses: it is asked once a group
+    return forget, preserve, drawn * args.sample_steps * PartialState().num_processes
 
 def main(args):
     forget, preserve = plan_sets(setup(args), args)

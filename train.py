@@ -274,13 +274,11 @@ def train(pipe, forget, preserve, embeds, presets, args, stamp=None):
         bar.set_postfix_str(f"dS {row['dS']:.3f} alpha {row['alpha']:.3f}")
         if not main_process:
             continue
-        ends = [every and (step + 1) % every == 0 for every in (args.save_every, args.checkpoint_every)]
-        ends[1] |= step + 1 == args.steps
-        if any(ends) and not math.isfinite(torch.nn.utils.get_total_norm([p.detach() for p in params])):
+        if not math.isfinite(torch.nn.utils.get_total_norm([p.detach() for p in params])):
             stop(f"step {step}: the LoRA has grown without bound")
-        if ends[0]:
+        if args.save_every and (step + 1) % args.save_every == 0:
             save_lora(transformer, args.out / f"step-{step + 1}")
-        if ends[1]:
+        if (step + 1) % args.checkpoint_every == 0 or step + 1 == args.steps:
             if checkpoint.exists() and source == checkpoint:  # else the last is the broken one
                 with whole(previous) as half:
                     shutil.copyfile(checkpoint, half)
@@ -319,16 +317,12 @@ def draw_before_after(pipe, embeds, groups, path, args, columns=6):
     for title, prompts in groups.items():
         prompts = (prompts * columns)[:columns]
         seeds = [seed_of(args.seed, "before_after", i) for i in range(columns)]
-
-        def draw():  # no more at once than for the sets: this is a stage as large as that
-            for i in range(0, columns, args.sample_batch):
-                some = slice(i, i + args.sample_batch)
-                yield from generate(pipe, embeds, prompts[some], seeds[some], args.sample_steps,
-                                    args.sample_guidance, args.size)
-
-        with reference(pipe.transformer):
-            images += draw()
-        images += draw()
+        for adapters in (reference(pipe.transformer), contextlib.nullcontext()):
+            with adapters:  # no more at once than for the sets: this is a stage as large as that
+                for i in range(0, columns, args.sample_batch):
+                    some = slice(i, i + args.sample_batch)
+                    images += generate(pipe, embeds, prompts[some], seeds[some], args.sample_steps,
+                                       args.sample_guidance, args.size)
         titles += [f"{title}: before", f"{title}: after"]
     contact_sheet(images, path, columns, titles=titles)
 
