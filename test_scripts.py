@@ -39,8 +39,8 @@ sys.path.insert(0, EMOJI)
 import build  # noqa: E402
 import world  # noqa: E402
 
-SMALL = ("--n-forget 10 --n-preserve 2 --sample-steps 6 --steps 12 --checkpoint-every 5 --optimizer adamw "
-         "--min-found 0.2 --sample-batch 5").split()
+SMALL = ("--n-forget 10 --n-preserve 2 --sample-steps 2 --steps 12 --checkpoint-every 5 --optimizer adamw "
+         "--min-found 0.2 --sample-batch 2").split()
 WEIGHTS = "pytorch_lora_weights.safetensors"
 
 
@@ -49,8 +49,10 @@ def run_train(out, *more, concept="cat"):
     train.guarded(train.main, train.arguments(given))
 
 
-def drawn_cats(out):
+def drawn_cats(out, preserve=None):
     """A run's folder whose forget images are drawn cats: what is there is not sampled again."""
+    if preserve:
+        shutil.copytree(preserve, out / "preserve")
     (out / "forget" / "cat").mkdir(parents=True)
     for i in range(10):
         scene_image(["cat"], seed=i)[0].save(out / "forget" / "cat" / f"{i:03}.png")
@@ -581,20 +583,32 @@ def test_terminated_work_is_one_line(capsys):
     assert "terminated" in line and "the same command goes on" in line
 
 
-def test_weights_without_bound_are_not_saved(tmp_path, capsys):
-    out = drawn_cats(tmp_path / "cat")
+def test_weights_without_bound_are_not_saved(trained, tmp_path, capsys):
+    out = drawn_cats(tmp_path / "cat", trained / "preserve")
     line = refusal(lambda: run_train(out, "--lr", "1e25", "--checkpoint-every", "1"), capsys, 1)
     assert "without bound" in line and "nothing was saved yet" in line and not (out / WEIGHTS).exists()
 
 
 def test_pictures_are_drawn_no_more_at_once_than_the_sets(tmp_path, monkeypatch):
-    generate, made = train.generate, []
-    monkeypatch.setattr(train, "generate", lambda *a: made.append(len(a[2])) or generate(*a))
-    run_train(drawn_cats(tmp_path / "cat"), "--sample-batch", "4", "--steps", "1")
-    assert set(made) == {4, 2}  # six columns
+    made, pipe, shades = [], Namespace(transformer=tuned()), iter(range(0, 250, 10))
+
+    def generate(pipe, embeds, prompts, seeds, *_):
+        made.append((prompts, seeds, any(m.disable_adapters for m in pipe.transformer.modules()
+                                         if hasattr(m, "lora_A"))))
+        return [Image.new("RGB", (8, 8), (next(shades),) * 3) for _ in prompts]
+
+    monkeypatch.setattr(train, "generate", generate)
+    args = Namespace(seed=0, sample_batch=4, sample_steps=1, sample_guidance=1.0, size=8)
+    train.draw_before_after(pipe, {}, {"a cat": ["a", "b"]}, tmp_path / "b.png", args)
+    prompts, seeds, base = zip(*made)
+    assert prompts == (["a", "b"] * 2, ["a", "b"]) * 2 and base == (True, True, False, False)
+    assert seeds[:2] == seeds[2:] and len(set(seeds[0] + seeds[1])) == 6
+    sheet = np.asarray(Image.open(tmp_path / "b.png").convert("L"))
+    cells = [sheet[96 * row + 40, 150 + 96 * column + 40] for row in range(2) for column in range(6)]
+    assert cells == list(range(0, 120, 10))
 
 
-def test_nan_stops_and_keeps_the_last_good_state(tmp_path, monkeypatch, capsys):
+def test_nan_stops_and_keeps_the_last_good_state(trained, tmp_path, monkeypatch, capsys):
     whole = train.iteration
     calls = []
 
@@ -604,7 +618,8 @@ def test_nan_stops_and_keeps_the_last_good_state(tmp_path, monkeypatch, capsys):
         return loss * (math.nan if len(calls) == 8 else 1), info
 
     monkeypatch.setattr(train, "iteration", broken)
-    assert "step 7" in refusal(lambda: run_train(drawn_cats(tmp_path / "cat")), capsys, 1)
+    out = drawn_cats(tmp_path / "cat", trained / "preserve")
+    assert "step 7" in refusal(lambda: run_train(out), capsys, 1)
     assert torch.load(tmp_path / "cat" / "checkpoint.pt", weights_only=True)["step"] == 5
 
 
@@ -910,7 +925,7 @@ def test_your_own_pictures_without_a_prompt_file(tmp_path, capsys):
     assert [row["prompt"] for row in manifest] == ["a tiger", "a truck"] * 8
     assert (out / WEIGHTS).exists()
     curve, cost = evaluate.read_run(dict(folder=out, name="mine"))  # a comma stays within its field
-    assert curve["step"] == [0, 1] and cost["forwards"] == 20 * 6 + 2 * 4 * 3
+    assert curve["step"] == [0, 1] and cost["forwards"] == 16 * 2 + 2 * 4 * 3
     shutil.rmtree(out / "forget")
     own[own.index("object")] = "style"
     whole = Image.new("L", (96, 80), 255)
@@ -925,14 +940,17 @@ def test_a_mask_of_your_own_that_comes_later_is_not_ignored(tmp_path, capsys):
     for i in range(4):
         scene_image(["cat"], seed=i)[0].save(mine / f"{i}.png")
     (tmp_path / "keep.txt").write_text("a tiger\na truck\na pizza\n")
-    own = ["--images", str(mine), "--task", "object", "--caption", "{}", "--batch", "2", "--steps", "1",
-           "--preserve", str(tmp_path / "keep.txt")]
-    run_train(tmp_path / "out", *own, concept="a cat")
+    own = ["--images", str(mine), "--task", "object", "--caption", "{}", "--preserve"]
+    own += [str(tmp_path / "keep.txt"), "--out", str(tmp_path / "out"), "--model", EMOJI]
+    args = train.arguments(["--concept", "a cat", *own])
+    concepts = sample.setup(args)
+    (forget,), _ = sample.plan_sets(concepts, args)
+    sample.import_set(*forget, args)
+    sample.plan_sets(concepts, args)
     region = np.zeros((64, 64), np.uint8)
     region[:9] = 255
     Image.fromarray(region).save(mine / "0.mask.png")
-    (tmp_path / "out" / "checkpoint.pt").unlink()
-    assert "own = " in refusal(lambda: run_train(tmp_path / "out", *own, concept="a cat"), capsys)
+    assert "own = " in refusal(lambda: sample.plan_sets(concepts, args), capsys)
 
 
 @pytest.mark.parametrize("case, named", [
@@ -980,9 +998,9 @@ def launch_two(out, script):
     return subprocess.run([*two.split(), *given], cwd=ROOT, capture_output=True, text=True, env=where)
 
 
-def test_two_processes_are_one_with_twice_the_batch_though_one_dies(tmp_path):
+def test_two_processes_are_one_with_twice_the_batch_though_one_dies(trained, tmp_path):
     """One writer; kill -9 of a process ends the other with one line, and the same command goes on."""
-    run_train(drawn_cats(tmp_path / "one"))
+    run_train(drawn_cats(tmp_path / "one", trained / "preserve"))
     dying = tmp_path / "dying.py"
     dying.write_text(f"""
 import os, signal, sys
@@ -1113,8 +1131,8 @@ def test_evaluation_of_a_run(copied, capsys):
     assert set(before["asked"]) <= set(before["named"])
     assert np.shape(before["percent"]) == (len(before["asked"]), len(before["named"]))
     assert report["curves"][0]["step"][-1] == 11
-    drawn = 8 * 5  # the forget images lay there; whole groups of 5 for 2 images of each preserved concept
-    assert report["cost"][0]["forwards"] == drawn * 6 + 12 * 8 * 3
+    drawn = 8 * 2  # the forget images lay there
+    assert report["cost"][0]["forwards"] == drawn * 2 + 12 * 8 * 3
 
 
 def test_second_evaluation_draws_and_scores_nothing(copied, monkeypatch):
@@ -1163,7 +1181,8 @@ def test_identity_lora_changes_no_figure_at_all(copied, tmp_path):
 
 
 def test_destroyed_model_scores_badly_on_everything_that_should_stay(copied, tmp_path):
-    run_train(drawn_cats(tmp_path / "ga"), "--loss", "ga", "--steps", "36", "--lr", "0.01")
+    run_train(drawn_cats(tmp_path / "ga", copied / "run" / "preserve"), "--loss", "ga", "--steps", "36",
+              "--lr", "0.01")
     suites = ["--suite", "concept", "table2", "--limit", "8", "--sample-steps", "5", "--sample-batch", "8"]
     report = evaluation(tmp_path / "ga", tmp_path / "base", *suites)
     for cell in report["cells"]:
