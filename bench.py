@@ -19,7 +19,8 @@ import time
 import weakref
 from pathlib import Path
 
-from sample import WEIGHT_BYTES, die, generate, guarded, load_denoiser, number, peak_memory, place, stage
+from sample import (WEIGHT_BYTES, check_size, die, generate, guarded, load_denoiser, number, peak_memory,
+                    place, stage)
 
 def arguments(given=None):
     raw = argparse.RawDescriptionHelpFormatter
@@ -162,11 +163,8 @@ def plan(args, texts=None, states=3.5):
     networks = {part: build(part, config_of(args.model, part)) for part in FLUX}
     numel = {part: sum(p.numel() for p in network.parameters()) for part, network in networks.items()}
     vae = networks["vae"]
-    size = args.size or vae.config.sample_size
-    step = 2 ** len(vae.config.block_out_channels)
-    if size % step:
-        die(f"--size {size}: must be a multiple of {step}, the VAE's factor times FLUX's 2 x 2 packing")
-    side = 2 * size // step  # latent cells
+    size = check_size(args.size, vae.config)
+    side = size // 2 ** (len(vae.config.block_out_channels) - 1)  # latent cells
     tokens, texts, B = side * side // 4, texts or text_length(args.model), 2 * args.batch
 
     def flux(checkpointing=False, **changed):

@@ -181,23 +181,23 @@ def read_rows(args):
             return [row | dict(name=name) for row, name in zip(rows, names)]
     die(f"--{'compare' if args.compare else 'lora'}: names one LoRA twice")
 
-def check_loras(rows, model):
-    """Refuse a LoRA that is corrupt or does not fit, before anything is written: it is loaded into a network
-    without memory."""
+def check_loras(loras, model):
+    """Refuse one of {digest: folder} that is corrupt or does not fit, before anything is written: they are
+    loaded into a network without memory."""
     logging.getLogger("diffusers.loaders.peft").setLevel(logging.CRITICAL)  # it would say the same before us
     config = FluxTransformer2DModel.load_config(model, subfolder="transformer")
-    for folder in (row["folder"] for row in rows if row["digest"]):
-        with torch.device("meta"):
-            network = FluxTransformer2DModel.from_config(config)
-        layers = {f"transformer.{name}" for name, _ in network.named_modules()}
+    with torch.device("meta"):
+        network = FluxTransformer2DModel.from_config(config)
+    layers = {f"transformer.{name}" for name, _ in network.named_modules()}
+    for digest, folder in loras.items():
         try:
             lora, alphas = FluxPipeline.lora_state_dict(folder, return_alphas=True)
             odd = [key for key in lora if key.split(".lora")[0].removesuffix(".alpha") not in layers]
             if odd or not lora:  # peft would leave it out with a warning
                 raise ValueError(f"it has no layer for {odd[0]}" if odd else "it holds nothing")
             with warnings.catch_warnings(action="ignore"):  # that meta weights take no values
-                FluxPipeline.load_lora_into_transformer(lora, alphas, network, adapter_name="lora")
-            network.set_adapters("lora")
+                FluxPipeline.load_lora_into_transformer(lora, alphas, network, adapter_name=digest)
+            network.set_adapters(digest)
         except Exception as error:  # safetensors, peft and diffusers' converters have many names for it
             die(f"--lora {folder}: does not load into {model}: {str(error).strip().splitlines()[-1].strip()}")
 
@@ -211,7 +211,7 @@ def own_files(folder, one, name, alone):
         except (ValueError, KeyError, TypeError):
             die(f"--images {manifest}: is no list of objects with file and prompt")
         if wrong := next((file for (file, mine), prompt in zip(listed, said) if mine != prompt), None):
-            die(f"--images {folder}: {wrong} has another prompt in manifest.json than {name}: see --list")
+            die(f"--images: {wrong} has another prompt in manifest.json than {name}: see --list")
         files = [file for file, _ in listed]
     else:  # 2.png before 10.png
         files = [f for f in folder.glob("*") if f.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")]
@@ -503,7 +503,8 @@ def main(args):
         die(f"--task {args.task}: stands for a prompt file in Tables 2 to 5 only, {sorted(about)[0]} asks "
             "about the concept: write its file (README: a concept is a file)")
     concepts = {concept["name"]: concept for concept in setup(args)}
-    check_loras(rows, args.model)
+    loras = {row["digest"]: row["folder"] for row in rows if row["digest"]}  # the same one only once
+    check_loras(loras, args.model)
     if not (Path(args.model) / "clip").is_dir():  # these judge photographs; a model with a judge brings none
         args.image_reward = args.image_reward or "THUDM/ImageReward"
         args.pick_score = args.pick_score or "yuvalkirstain/PickScore_v1"
@@ -534,7 +535,6 @@ def main(args):
         return
     todo = {job.folder: job for job in jobs.values() if not all(file.exists() for file in job.files)}
     with stage("sample", args.out):
-        loras = {row["digest"]: row["folder"] for row in rows if row["digest"]}  # the same one only once
         for prompts, parts in in_rounds(todo.values(), args.sample_batch):
             sample_round(prompts, parts, loras, args)
     with stage("score", args.out):

@@ -328,6 +328,13 @@ def fingerprint(paths):
             found = zlib.crc32(file.read(), found)
     return f"{found:08x}"
 
+def check_size(size, vae):
+    """Pixels a side, by the VAE's config where size is None; one that does not fit its cells is refused."""
+    size, step = size or vae["sample_size"], 2 ** len(vae["block_out_channels"])
+    if size % step:
+        die(f"--size {size}: must be a multiple of {step}, the VAE's factor times FLUX's 2 x 2 packing")
+    return size
+
 def missing_part(folder):
     """The file that a pipeline's folder lacks, or holds cut short; None if all of its networks are there."""
     for part in ("transformer", "vae", "text_encoder", "text_encoder_2"):
@@ -405,11 +412,7 @@ def check_model(args):
                                 for how, small in WEIGHT_BYTES.items() if small and part == "transformer")
             refuse(f"its {part} needs {n_bytes / 2**30:.2f} GiB in {str(args.dtype)[6:]}" +
                    f" ({smaller})" * bool(smaller) + f", {where} has {free / 2**30:.2f} GiB free")
-    vae = json.loads(config.read_text())
-    size, step = getattr(args, "size", None) or vae["sample_size"], 2 ** len(vae["block_out_channels"])
-    if size % step:
-        die(f"--size {size}: must be a multiple of {step}, the VAE's factor times FLUX's 2 x 2 packing")
-    return size, weights
+    return check_size(getattr(args, "size", None), json.loads(config.read_text())), weights
 
 def setup(args):
     """Fill in what the flags left open, refuse what cannot work before a thing is written -> the concepts."""

@@ -1455,10 +1455,10 @@ def test_corrupt_foreign_or_missing_lora_is_one_line(tmp_path, capsys):
     for more in ("lora_B.bias", "lora_magnitude_vector", "alpha"):  # what peft and others save besides
         extra = torch.ones(() if more == "alpha" else good[key.replace("_A", "_B")].shape[0])
         save_file(good | {key.replace("lora_A.weight", more): extra}, tmp_path / WEIGHTS)
-        evaluate.check_loras([dict(folder=tmp_path, digest="1")], EMOJI)
+        evaluate.check_loras({"1": tmp_path}, EMOJI)
     save_file({name.replace("lora_A", "lora.down").replace("lora_B", "lora.up"): value
                for name, value in good.items()}, tmp_path / WEIGHTS)
-    evaluate.check_loras([dict(folder=tmp_path, digest="1")], EMOJI)
+    evaluate.check_loras({"1": tmp_path}, EMOJI)
     assert not (tmp_path / "base").exists()  # nothing was written
     (tmp_path / "args.json").write_text("{")
     ask = ask[:2] + ask[4:]  # without --concept

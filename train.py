@@ -69,7 +69,7 @@ def arguments(given=None):
                         ", ".join(f"--{key.replace('_', '-')} {value}" for key, value in FEWER.items()))
     args = parser.parse_args(given)
     if args.fewer_images:  # what is given beside it still counts
-        parser.set_defaults(**{key: value for key, value in FEWER.items() if key != "steps"})  # fill_presets
+        parser.set_defaults(**{k: v for k, v in FEWER.items() if k not in TABLE6["object"]})  # fill_presets
         args = parser.parse_args(given)
     return args
 
@@ -264,6 +264,8 @@ def train(pipe, forget, preserve, embeds, presets, args, stamp=None):
             stop(f"step {step}: loss {info['loss'].mean():.4g}, gradient norm {norm:.4g}")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        if not math.isfinite(torch.nn.utils.get_total_norm([p.detach() for p in params])):
+            stop(f"step {step}: the LoRA has grown without bound")  # in all processes: all hold the same
         d_lr = optimizer.param_groups[0].get("d", 1.0) * args.lr  # Prodigy's own step size
         row = dict(step=step, concept=args.concept[turn])
         row |= {k: v.mean().item() for k, v in info.items() if k != "sigma"}
@@ -274,8 +276,6 @@ def train(pipe, forget, preserve, embeds, presets, args, stamp=None):
         bar.set_postfix_str(f"dS {row['dS']:.3f} alpha {row['alpha']:.3f}")
         if not main_process:
             continue
-        if not math.isfinite(torch.nn.utils.get_total_norm([p.detach() for p in params])):
-            stop(f"step {step}: the LoRA has grown without bound")
         if args.save_every and (step + 1) % args.save_every == 0:
             save_lora(transformer, args.out / f"step-{step + 1}")
         if (step + 1) % args.checkpoint_every == 0 or step + 1 == args.steps:
@@ -339,7 +339,7 @@ def picture_groups(concepts):
 
 def fill_presets(concepts, args):
     """Each concept's row of Table 6, where no flag says otherwise; several concepts take all their steps."""
-    fewer = dict(steps=FEWER["steps"]) if args.fewer_images else {}
+    fewer = {key: FEWER[key] for key in TABLE6["object"].keys() & FEWER} if args.fewer_images else {}
     given = {key: getattr(args, key) for key in TABLE6["object"] if getattr(args, key) is not None}
     rows = [TABLE6[concept["task"]] | fewer | given for concept in concepts]
     args.steps = args.steps or sum(row["steps"] for row in rows)
