@@ -39,6 +39,7 @@ WEIGHT_BYTES = dict(none=None, int8=1.01, nf4=0.57)
 
 def die(message, code=2):
     """One line on stderr (below a progress bar) and exit: 2 before work has started, 1 during it."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which accelerate launch sends to the others, at times late
     if code != 2 or os.environ.get("RANK", "0") == "0":  # of accelerate launch: all find the same before work
         print("\n" * (code != 2) + f"error: {message}", file=sys.stderr)
     sys.exit(code)

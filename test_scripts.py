@@ -583,6 +583,17 @@ def test_terminated_work_is_one_line(capsys):
     assert "terminated" in line and "the same command goes on" in line
 
 
+def test_error_is_the_last_word_though_a_signal_follows(capsys):
+    """accelerate launch terminates the others when one process has died, at times after their own line."""
+    def main(args):
+        try:
+            sample.die("a connection is lost", 1)
+        finally:
+            signal.raise_signal(signal.SIGTERM)
+
+    assert "a connection is lost" in refusal(lambda: sample.guarded(main, None), capsys, 1)
+
+
 def test_weights_without_bound_are_not_saved(trained, tmp_path, capsys):
     out = drawn_cats(tmp_path / "cat", trained / "preserve")
     line = refusal(lambda: run_train(out, "--lr", "1e25", "--checkpoint-every", "1"), capsys, 1)
