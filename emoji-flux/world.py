@@ -8,6 +8,7 @@ column a thing and one row a style, which is an artwork family (licences: README
 """
 import argparse
 import functools
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -150,16 +151,13 @@ def main():
     parser.error = lambda why: parser.exit(2, f"error: {why}\n")  # one line, without the usage
     args = parser.parse_args()
     rng = np.random.default_rng(args.seed)
-    sheet = Image.new("RGB", (8 * 160, 5 * 156), "white")
+    sheet = Image.new("RGB", (8 * 160, 5 * 180), "white")
     pen = ImageDraw.Draw(sheet)
     for i in range(40):
         scene = draw(rng)
-        x, y = 160 * (i % 8), 156 * (i // 8)
+        x, y = 160 * (i % 8), 180 * (i // 8)
         sheet.paste(Image.fromarray(scene["image"]).resize((128, 128), Image.NEAREST), (x + 16, y))
-        words = caption(scene, rng).split()
-        half = (len(words) + 1) // 2
-        lines = " ".join(words[:half]) + "\n" + " ".join(words[half:])
-        pen.text((x + 4, y + 129), lines, fill="black", font_size=9)
+        pen.text((x + 16, y + 129), textwrap.fill(caption(scene, rng), 28), fill="black", font_size=9)
     try:
         sheet.save(args.out)
     except (OSError, ValueError) as error:
