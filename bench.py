@@ -42,11 +42,10 @@ ARGS = arguments() if __name__ == "__main__" else None  # before the slow import
 
 import torch  # noqa: E402
 from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel  # noqa: E402
-from huggingface_hub import hf_hub_download  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop  # noqa: E402
 from segment_anything import sam_model_registry  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel  # noqa: E402
@@ -55,6 +54,8 @@ import train  # noqa: E402
 from inpo import inpo_loss  # noqa: E402
 
 GIB = 2**30
+# of attention's kernels the counter knows CUDA's only
+flop_registry[torch.ops.aten._scaled_dot_product_flash_attention_for_cpu] = sdpa_flop
 # FLUX.1's published configs, where they differ from the classes' defaults; schnell has no guidance
 FLUX = dict(
     transformer=dict(guidance_embeds=True),
@@ -69,11 +70,9 @@ def config_of(model, part):
     """A network's config: the folder's, FLUX.1's as published, or the hub's."""
     if model in ("black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-schnell"):
         return FLUX[part] | (dict(guidance_embeds=model.endswith("dev")) if part == "transformer" else {})
-    here = Path(model) / part / "config.json"
     try:
-        path = here if Path(model).is_dir() else hf_hub_download(model, f"{part}/config.json")
-        return json.loads(Path(path).read_text())
-    except Exception as error:  # every HTTP stack has a class of its own for "no network"
+        return FluxTransformer2DModel.load_config(model, subfolder=part)  # reads any part's
+    except OSError as error:
         die(f"--model {model}: no {part}/config.json, here or on the hub ({type(error).__name__})")
 
 def build(part, config, **changed):
@@ -110,16 +109,12 @@ class Peak(TorchDispatchMode):
 
 def watch(network, work, dtype):
     """work(network) on a network without memory -> bytes at the peak, bytes kept after it, FLOP."""
-    def attention(query, key, value, *_, out_shape=None, **more):  # the CPU's, unknown to the counter
-        return sdpa_flop(query, key, value)
-
-    known = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu"):
         for module in network.modules():
             for name, p in list(module.named_parameters(recurse=False)):  # a LoRA stays float32
                 empty = torch.empty(p.shape, dtype=torch.float32 if p.requires_grad else dtype)
                 module._parameters[name] = torch.nn.Parameter(empty, requires_grad=p.requires_grad)
-        with Peak(network) as peak, FlopCounterMode(display=False, custom_mapping=known) as flops:
+        with Peak(network) as peak, FlopCounterMode(display=False) as flops:
             graph = work(network)
             kept = peak.live
             del graph
@@ -225,7 +220,8 @@ def savings(args):
     now = {name: row[how] for name, row in stages.items()}
     possible = ("int8", "nf4") if args.device == "cuda" else ("int8",)
     others = {f"--quantize {q}": {name: row[q] for name, row in stages.items()} for q in possible}
-    others["--offload"] = {name: row["offload"] for name, row in stages.items()}
+    if args.quantize != "nf4":
+        others["--offload"] = {name: row["offload"] for name, row in stages.items()}
     others["--sample-batch 1"] = now | dict(sample=least["sample"][how])
     if trains:
         others["--checkpointing"] = now | dict(train=asked["train --checkpointing"][how])

@@ -87,13 +87,13 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from diffusers import FluxPipeline, FluxTransformer2DModel  # noqa: E402
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE as WEIGHTS  # noqa: E402
-from huggingface_hub import HfApi, snapshot_download  # noqa: E402
+from huggingface_hub import snapshot_download  # noqa: E402
 from PIL import Image  # noqa: E402
 
 import metrics  # noqa: E402
 from mask import find_masks  # noqa: E402
 from promptsets import HARM, SETS, cycled, load_prompts, own_sets, plan_suite  # noqa: E402
-from report import FIGURES, VERSION, decimals, of, paper_figure, read_report, write_report  # noqa: E402
+from report import FIGURES, PAPER, VERSION, check_report, decimals, of, write_report  # noqa: E402
 
 def network_id(name):
     """A network's name with its revision: the hub's commit, or a checksum of its weights here."""
@@ -101,11 +101,8 @@ def network_id(name):
         weights = [Path(name)] if Path(name).is_file() else [
             file for file in sorted(Path(name).iterdir()) if file.suffix in (".safetensors", ".pt", ".pth")]
         return f"{name}@{fingerprint(weights)}"
-    with contextlib.suppress(Exception):  # what is not cached is about to be downloaded: the hub knows
-        cached = snapshot_download(name, local_files_only=True, allow_patterns="*.json")
-        return f"{name}@{Path(cached).name[:8]}"
-    with contextlib.suppress(Exception):  # or it cannot be had, or is a file's address
-        return f"{name}@{HfApi().model_info(name, timeout=10).sha[:8]}"
+    with contextlib.suppress(Exception):  # it cannot be had, or is a file's address
+        return f"{name}@{Path(snapshot_download(name, allow_patterns='*.json')).name[:8]}"
     return name
 
 def finder(words, args):
@@ -125,16 +122,11 @@ def metric_table(args, words):
         return name and network_id(name), lambda: load(name, device)
 
     def harm():
-        find = (metrics.load_nudenet() if nude else
-                metrics.load_kinds(words, args.detector, args.threshold, device))
-
-        def parts(images, _):
-            found = find(images)
-            if not nude:  # (N, words)
-                return np.column_stack([found, found.sum(1), found.any(1)])
-            totals = [metrics.nudity_counts(found, rule)[:, 3] for rule in ("boxes", "table3")]
-            return np.column_stack([metrics.nudity_counts(found), *totals])  # (N, 4 + 2), as in NUDITY_PARTS
-        return parts
+        if nude:
+            find = metrics.load_nudenet()
+            return lambda images, _: metrics.nudity_counts(find(images))
+        count = metrics.load_kinds(words, args.detector, args.threshold, device)
+        return lambda images, _: count(images)
 
     judge = network_id(args.judge)
     features = (package_id("Inception of torch-fidelity", "torch-fidelity"),
@@ -144,7 +136,7 @@ def metric_table(args, words):
     return dict(judge=(judge, lambda: metrics.load_judge(args.judge, device, args.dtype)),
                 clip=scorer(args.clip, metrics.load_clip_score), distance=features,
                 ImageReward=scorer(args.image_reward, metrics.load_image_reward),
-                PickScore=scorer(args.pick_score, metrics.load_pick_score),
+                PickScore=scorer(args.pick_score, functools.partial(metrics.load_clip_score, scale=None)),
                 harm=(package_id("NudeNet", "nudenet") + ", 320 px" if nude else finder(words, args), harm),
                 locality=(None, None))
 
@@ -315,10 +307,7 @@ def score(job, asked, key, load):
 def change(before, other, masks_of):
     """(N, 2): how much a pixel changes inside and outside of the concept's mask; NaN where there is none."""
     old, new = ([open_or_none(file) for file in job.files] for job in (before, other))
-    good = [pair for pair in zip(old, new) if None not in pair]
-    if not good:
-        raise metrics.NotAvailable("no picture can be read, delete them and run the same command again")
-    if any(a.size != b.size for a, b in good):
+    if any(a.size != b.size for a, b in zip(old, new) if a and b):
         raise metrics.NotAvailable("the pictures have another size than the model's, give --size")
     return metrics.locality(old, new, masks_of(tuple(before.files))).tolist()
 
@@ -329,8 +318,6 @@ def distance(before, other, load):
         for first in range(0, job.n, 50):  # as in score
             images = [open_or_none(file) for file in job.files[first:first + 50]]
             found += list(features([image for image in images if image])) if any(images) else []
-    if min(map(len, sets)) < 2:
-        raise metrics.NotAvailable("no two pictures can be read, delete them and run it again")
     return float(metrics.frechet_distance(*sets)), min(map(len, sets))
 
 def once(load):
@@ -408,7 +395,7 @@ def make_matrices(row, jobs, key, load):
         said = [part.max(1) for part in np.split(np.concatenate(said), ends, axis=1)]  # a yes to any phrase
         shows = [" / ".join(phrases) for one in sets.values() for phrases in one["shows"][:one["n"]]]
         labels = [" / ".join(phrases) for phrases in named]
-        percent = metrics.confusion(np.stack(said, 1), shows, labels)  # (groups, named)
+        percent = metrics.confusion(np.stack(said, 1), shows)  # (groups, named)
         yield dict(row=row["name"], when=when, asked=list(dict.fromkeys(shows)), named=labels,
                    percent=[[None if np.isnan(p) else p for p in shares] for shares in percent.tolist()])
 
@@ -422,11 +409,10 @@ def make_cell(row, column, found, args):
                 **dict.fromkeys(FIGURES), unavailable=found.get("unavailable"), paper=None)
     said = "cifar10" if set(row["forgotten"]) == CIFAR10 else row["asked"] * (len(row["forgotten"]) == 1)
     if args.model == PAPERS_MODEL and not args.limit and row["digest"]:
-        names = [row["folder"].name, said]  # "no mask", say, or the concept
-        if args.compare and names[0] != "INPO":  # the paper's figure for a concept is INPO's
-            names.pop()
-        found_there = (paper_figure(column["suite"], name, column["column"]) for name in names)
-        cell["paper"] = next(filter(None, found_there), None)
+        variant = row["folder"].name  # "no mask", say; the paper's figure for a concept is INPO's
+        names = [variant, said] if not args.compare or variant == "INPO" else [variant]
+        cell["paper"] = next((PAPER[key] for name in names
+                              if (key := (column["suite"], name, column["column"])) in PAPER), None)
     if cell["unavailable"]:
         return cell
     if column["metric"] == "distance":
@@ -497,7 +483,7 @@ def main(args):
     args.out = args.out or Path("out") / f"{Path(args.model).name}-base{ending(args.seed)}"
     folder = args.report or (rows[0]["folder"] if args.lora and len(rows) == 1 else args.out / "report")
     if (folder / "report.json").exists():
-        read_report(folder / "report.json")  # another version's is not overwritten
+        check_report(folder / "report.json")  # another version's is not overwritten
     args.concept = list(dict.fromkeys(name for row in rows for name in row["forgotten"]))
     if args.task and (about := set(args.suite) - HARM):
         die(f"--task {args.task}: stands for a prompt file in Tables 2 to 5 only, {sorted(about)[0]} asks "
@@ -515,9 +501,8 @@ def main(args):
     prompts_of = functools.cache(lambda name: load_prompts(  # coco's file serves coco-500
         name, args.model, given.get(name, given.get(name.split("-")[0]))))
     # what I2P is asked about: nudity, unless a model's own prompts are about something else
-    _, marks = own_sets(args.model).get("i2p", (None, []))
-    harm, = marks[1:2] or ["nudity"]
-    words = load_concept(args.model, harm)["detect"] if HARM & set(args.suite) else []
+    *_, harm = own_sets(args.model).get("i2p", [""])
+    words = load_concept(args.model, harm or "nudity")["detect"] if HARM & set(args.suite) else []
     for row in rows:
         row["sets"], row["columns"] = {}, []
         for suite in args.suite:
@@ -565,8 +550,8 @@ def show(report, folder):
     for row in report["rows"]:
         print(f"\n{report['model']}, {row['lora']}, seed {report['seed']}" +
               f", at most {report['limit']} pictures a set" * bool(report["limit"]))
-        print(f"{'':34} {'n':>5} {'before':>22} {'after':>22} {'difference':>24} {'seed noise':>10}")
-        table = "| | n | before | after | difference | seed noise |\n|---|---|---|---|---|---|\n"
+        table = (f"| {'':34} | {'n':>5} | {'before':>22} | {'after':>22} | {'difference':>24} | seed noise |"
+                 "\n|---|---|---|---|---|---|\n")
         for cell in of(report["cells"], row=row["name"]):
             said, digits = [], decimals([cell])
             for key in FIGURES:
@@ -575,11 +560,11 @@ def show(report, folder):
                 if figure["low"] is not None and key != "floor":
                     said[-1] += f" [{figure['low']:.{digits}f}, {figure['high']:.{digits}f}]"
             if cell["unavailable"]:
-                said = [f"  not available: {cell['unavailable']}", "", "", ""]
+                said = [f"not available: {cell['unavailable']}", "", "", ""]
+            said = [text.rjust(width) for text, width in zip(said, (22, 22, 24, 10))]
             n = cell["after"]["n"] if cell["after"] else ""
-            print(f"{cell['suite']}: {cell['column']}".ljust(34) + f"{n:>6}" +
-                  "".join(" " + text.rjust(width) for text, width in zip(said, (22, 22, 24, 10))))
-            table += f"| {cell['suite']}: {cell['column']} | {n} | {' | '.join(said)} |\n"
+            table += f"| {cell['suite'] + ': ' + cell['column']:34} | {n:>5} | {' | '.join(said)} |\n"
+        print(table, end="")
         card = Path(row["lora"]) / "README.md"
         title = f"\n## {row['name']}, {', '.join(report['suites'])}, seed {report['seed']}"
         if card.exists() and (card.parent / WEIGHTS).exists() and not report["limit"]:

@@ -12,7 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from huggingface_hub.errors import GatedRepoError
 
 from metrics import NUDITY_PARTS, NotAvailable
 from sample import MINORS, die, load_concept, mentions, seed_of
@@ -21,18 +21,18 @@ HUB, GITHUB = "https://huggingface.co/datasets/", "https://raw.githubusercontent
 I2P, COCO = HUB + "AIML-TUDA/i2p", GITHUB + "rohitgandikota/erasing/main/data/coco_30k.csv"
 MMA = HUB + "YijunYang280/MMA-Diffusion-NSFW-adv-prompts-benchmark"
 UNLEARNDIFF = GITHUB + "OPTML-Group/Diffusion-MU-Attack/main/prompts/nudity.csv"  # 142 rows, C.3 says 143
-# name -> title, concept looked for, where it is published, rows there, column of the prompts. The paper says
-# neither which 10,000 captions nor which 500: the first (those of UnlearnDiffAtk's coco_10k.csv), and a draw
-# from all with a seed of its own
+# name -> title, where it is published, rows there, column of the prompts. The paper says neither which 10,000
+# captions nor which 500: the first (those of UnlearnDiffAtk's coco_10k.csv), and a draw from all with a seed
+# of its own
 SETS = {
-    "i2p": ("I2P", "nudity", I2P, 4703, "prompt"),
-    "i2p-sexual": ("I2P, the rows called sexual", "nudity", I2P, 4703, "prompt"),
-    "mma": ("MMA-Diffusion", "nudity", MMA, 1000, "adv_prompt"),
-    "p4d": ("P4D", "nudity", HUB + "joycenerd/p4d", None, "prompt"),
-    "ringabell": ("Ring-A-Bell", "nudity", HUB + "Chia15/RingABell-Nudity", 285, None),  # it has no header
-    "unlearndiff": ("UnlearnDiff", "nudity", UNLEARNDIFF, 142, "prompt"),
-    "coco": ("COCO, the first 10,000 captions", None, COCO, 30000, "prompt"),
-    "coco-500": ("COCO, 500 captions at random", None, COCO, 30000, "prompt")}
+    "i2p": ("I2P", I2P, 4703, "prompt"),
+    "i2p-sexual": ("I2P, the rows called sexual", I2P, 4703, "prompt"),
+    "mma": ("MMA-Diffusion", MMA, 1000, "adv_prompt"),
+    "p4d": ("P4D", HUB + "joycenerd/p4d", None, "prompt"),
+    "ringabell": ("Ring-A-Bell", HUB + "Chia15/RingABell-Nudity", 285, None),  # it has no header
+    "unlearndiff": ("UnlearnDiff", UNLEARNDIFF, 142, "prompt"),
+    "coco": ("COCO, the first 10,000 captions", COCO, 30000, "prompt"),
+    "coco-500": ("COCO, 500 captions at random", COCO, 30000, "prompt")}
 
 HARM = {"table2", "table3", "table4", "table5"}  # suites that ask the same of every LoRA, whatever it forgets
 # Table 1's three a category, whose other two are preserved (C.2), and emoji-flux's
@@ -41,26 +41,25 @@ CATEGORIES = [names.split(", ") for names in (
     "noto, twemoji, fluent")]
 
 def own_sets(model):
-    """{name: (file, [title, concept, "attack"])} of a model folder's promptsets/NAME.csv, columns prompt and
-    evaluation_seed. Its titles.txt has lines "name: title | concept | attack", the last two where there are
-    any, and "name: = other" for a set's second name."""
+    """{name: (file, title, concept looked for or "")} of a model folder's promptsets/NAME.csv, columns prompt
+    and evaluation_seed. Its titles.txt has lines "name: title | concept"."""
     folder = Path(model) / "promptsets"
-    found = {file.stem: (file, [file.stem]) for file in sorted(folder.glob("*.csv"))}
+    found = {file.stem: (file, file.stem, "") for file in sorted(folder.glob("*.csv"))}
     titles = folder / "titles.txt"
     for line in titles.read_text("utf-8").splitlines() if titles.exists() else ():
         name, _, value = line.partition(":")
-        marks, other = [part.strip() for part in value.split("|")], value.strip().removeprefix("= ")
-        found[name] = found[other] if other in found else (folder / f"{name}.csv", marks)
+        title, _, concept = map(str.strip, value.partition("|"))
+        found[name] = folder / f"{name}.csv", title, concept
     return found
 
 def attack_sets(model):
-    """The names of the red-team sets: those that the model folder marks so, else the four of Table 3."""
-    found = [name for name, (_, marks) in own_sets(model).items() if "attack" in marks[1:]]
+    """The names of the red-team sets: the model folder's NAME-attack.csv, else the four of Table 3."""
+    found = [name for name in own_sets(model) if name.endswith("-attack")]
     return found or ["mma", "p4d", "ringabell", "unlearndiff"]
 
 def published(name):
     """The csv files of a set of SETS, from the hub or its cache; NotAvailable says how else to get them."""
-    title, _, address, _, _ = SETS[name]
+    title, address, _, _ = SETS[name]
     instead = f"--prompt-set {name}=PATH"
     if address.startswith(GITHUB):
         raise NotAvailable(f"{title} is on GitHub, curl -LO {address} and give {instead}")
@@ -68,8 +67,6 @@ def published(name):
         folder = snapshot_download(address.removeprefix(HUB), repo_type="dataset", allow_patterns="*.csv")
     except GatedRepoError:
         raise NotAvailable(f"{title} is gated, ask at {address}, then hf auth login") from None
-    except RepositoryNotFoundError:
-        raise NotAvailable(f"{title} is no longer at {address}, give {instead}") from None
     except Exception as error:  # every HTTP stack has a class of its own for "no network"
         raise NotAvailable(f"{title} cannot be reached ({type(error).__name__}), connect, or get it from "
                            f"{address} and give {instead}") from None
@@ -109,19 +106,18 @@ def read_csv(path, columns, fail):
     return table
 
 def load_prompts(name, model, source=None):
-    """A set of SETS, of the model folder or, source, of the user's csv -> dict: name, title, concept looked
-    for or None, rows [(prompt, seed or None)], total rows before any was dropped, dropped {word: rows}.
-    NotAvailable says what to do where a set cannot be had; a local file of no use ends the run."""
-    title, concept, _, size, column = SETS.get(name, (name, None, None, None, "prompt"))
-    file, (own_title, *marks) = own_sets(model).get(name, (None, [title, concept]))
+    """A set of SETS, of the model folder or, source, of the user's csv -> dict: name, title, rows [(prompt,
+    seed or None)], dropped {word: rows}. NotAvailable says what to do where a set cannot be had; a local file
+    of no use ends the run."""
+    title, _, size, column = SETS.get(name, (name, None, None, "prompt"))
+    own, none = own_sets(model), (None, None, None)
+    file, own_title, _ = own.get(name, own.get(name.split("-")[0], none))  # its i2p serves i2p-sexual
     if source:
         files, file = [Path(source)], None
     elif file:
         files, title, size, column = [file], own_title, None, "prompt"
-    elif name in SETS:
-        files = published(name)
     else:
-        die(f"--prompt-set {name}: known are {', '.join(SETS)}; for another give {name}=PATH")
+        files = published(name)
 
     def fail(why):
         if source or file:
@@ -146,12 +142,10 @@ def load_prompts(name, model, source=None):
         else:
             kept.append((prompt, row["seed"]))
     if part == "coco-500":
-        rng = random.Random(0)
-        kept = sorted(kept, key=lambda _: rng.random())[:500]
+        kept = random.Random(0).sample(kept, min(500, len(kept)))
     if not kept:
         fail(f"{', '.join(map(str, files))} has no prompt left")
-    return dict(name=file.stem if file else name, title=title, concept=(marks or [concept])[0], rows=kept,
-                total=len(rows), dropped=dict(dropped))
+    return dict(name=file.stem if file else name, title=title, rows=kept, dropped=dict(dropped))
 
 def cycled(rows, n):
     """The first n of rows, over and over, as sample_set takes its prompts."""

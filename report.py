@@ -6,11 +6,11 @@ difference between the base model and itself under another seed. A difference no
 an end of its interval, is grey.
 """
 import base64
+import contextlib
 import csv
 import io
 import json
 import math
-import os
 import re
 from html import escape
 from pathlib import Path
@@ -22,9 +22,10 @@ FIGURES = ("before", "after", "difference", "floor")
 TITLES = dict(table1="objects, characters, styles", table2="unsafe content and general quality",
               table3="red-team prompts", table4="ablation", table5="hyperparameters",
               table7="the other CIFAR-10 classes", table8="ten concepts at once", table12="rephrased prompts")
-# {(suite, row, column): (original model, INPO)}, None where the paper has no figure. ACC and "rephrased" are
-# percent, Tables 2 to 5 counts; on what prompts the CLIP scores of Tables 5, 7 and 8 are, it does not say
-PAPER = {(suite, row, column): pair for suite, columns, before, rows in (
+# {(suite, row, column): dict(before, after)}: of the original model and of INPO, None where the paper has no
+# figure. ACC and "rephrased" are percent, Tables 2 to 5 counts; on what prompts Tables 5, 7 and 8 have their
+# CLIP scores, it does not say
+PAPER = {(suite, row, column): dict(before=b, after=a) for suite, columns, before, rows in (
     ("table1", ("ACC", "CLIP, the other two"), (None, None), {
         "cat": (20, 31.1009), "bird": (18, 31.4177), "airplane": (28, 30.9054), "snoopy": (1, 31.2989),
         "pikachu": (1, 30.8521), "elon musk": (5, 31.1577), "van gogh": (1, 31.1096),
@@ -36,10 +37,9 @@ PAPER = {(suite, row, column): pair for suite, columns, before, rows in (
      {"nudity": (1, 4, 6, 2, 13)}),
     ("table4", ("Residuals", "CLIP", "ImageReward"), (None, None, None), {
         "nudity": (49, 30.9338, 1.0049), "no mask": (109, 30.8716, 0.9146), "no gate": (62, 30.9158, 0.9778),
-        "neither": (114, 30.8424, 0.9116), "INPO": (49, 30.9338, 1.0049)}),
+        "neither": (114, 30.8424, 0.9116)}),
     ("table5", ("Residuals", "CLIP"), (None, None), {
-        "nudity": (58, 30.72), "INPO": (58, 30.72),
-        "gamma 1, eta 1, tau 0.1": (69, 30.85), "gamma 5, eta 1, tau 0.1": (51, 30.55),
+        "nudity": (58, 30.72), "gamma 1, eta 1, tau 0.1": (69, 30.85), "gamma 5, eta 1, tau 0.1": (51, 30.55),
         "gamma 3, eta 0.5, tau 0.1": (124, 30.97), "gamma 3, eta 3, tau 0.1": (51, 30.65),
         "gamma 3, eta 1, tau 0": (56, 30.59), "gamma 3, eta 1, tau 0.5": (81, 30.76),
         "gamma 3, eta 1, tau 0.1": (58, 30.72)}),
@@ -49,7 +49,7 @@ PAPER = {(suite, row, column): pair for suite, columns, before, rows in (
     ("table8", ("ACC", "CLIP"), (None, None), {"cifar10": (17.8, 30.2851)}),
     ("table12", ("rephrased",), (57.33,), {"pikachu": (0.0,)}),
     ("table12", ("rephrased",), (77.33,), {"snoopy": (0.0,)}),
-) for row, after in rows.items() for column, *pair in zip(columns, before, after, strict=True)}
+) for row, after in rows.items() for column, b, a in zip(columns, before, after, strict=True)}
 CSS = """
 :root { color-scheme: light dark; --page: #fbfaf7; --ink: #1f1d1a; --soft: #69645b; --rule: #dfdad1;
   --accent: #9a3b16; --heat: 232 140 92 }
@@ -89,25 +89,17 @@ svg { width: 340px; max-width: 100%; font: 11px system-ui, sans-serif; fill: var
 svg path { fill: none; stroke: var(--rule) } polyline { fill: none; stroke: var(--accent); stroke-width: 1.6 }
 """
 
-def paper_figure(suite, row, column):
-    """The paper's own figure for a cell, dict(before, after), a number or None each; None if it has none."""
-    pair = PAPER.get((suite, row, column))
-    return dict(zip(("before", "after"), pair)) if pair else None
-
-def read_report(path):
-    """report.json -> dict; one line and exit 2 where it is no report, or one of another version."""
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-        made = report["version"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        die(f"{path}: is no report of version {VERSION} ({type(error).__name__}); evaluate.py writes one")
+def check_report(path):
+    """One line and exit 2 where a file is no report, or one of another version."""
+    made = None
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        made = json.loads(path.read_text(encoding="utf-8"))["version"]
     if made != VERSION:
         die(f"{path}: is a report of version {made}, not {VERSION}; delete it and evaluate again")
-    return report
 
 def write_report(report, folder):
-    """A dict of plain types and paths (NaN raises a ValueError) -> the three files, each whole, in folder."""
-    made = {"report.json": json.dumps(report, indent=1, default=os.fspath, allow_nan=False),
+    """A dict of plain types (NaN raises a ValueError) -> the three files, each whole, in folder."""
+    made = {"report.json": json.dumps(report, indent=1, allow_nan=False),
             "report.csv": csv_text(report), "report.html": html_text(report)}
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in made.items():
@@ -163,16 +155,13 @@ def within_noise(cell):
 def is_best(report, cell):
     """Does the paired interval against each other row lie on this row's side of zero? A missing one: no."""
     key = dict(suite=cell["suite"], column=cell["column"])
-    others = {c["row"] for c in of(report["cells"], **key) if value_of(c, "after") is not None}
-    others, beaten = others - {cell["row"]}, set()
+    rows = [c["row"] for c in of(report["cells"], **key) if value_of(c, "after") is not None]
     side = dict(lower=-1, higher=1).get(cell["better"], 0)
+    won = 0
     for pair in of(report["against"], **key):
-        ends = [side * (pair["difference"][k] or 0) for k in ("low", "high")]  # > 0: row is the better one
-        if pair["row"] == cell["row"] and min(ends) > 0:
-            beaten.add(pair["other"])
-        if pair["other"] == cell["row"] and max(ends) < 0:
-            beaten.add(pair["row"])
-    return bool(others) and others <= beaten
+        sign = side * ((pair["row"] == cell["row"]) - (pair["other"] == cell["row"]))  # 0: of two others
+        won += all(sign * (pair["difference"][end] or 0) > 0 for end in ("low", "high"))
+    return won > 0 and won == len(rows) - 1
 
 def named(suite):
     return suite.replace("table", "Table ").replace("concept", "Our own figures")
@@ -301,8 +290,8 @@ def chart(label, steps, values, low, high):
     return (f'<svg viewBox="0 0 340 150" role="img" aria-label="{label}, {low:.3g} to {high:.3g}, by step">'
             f'<path d="M44 20V130H324"/><polyline points="{points}"/><text x="44" y="12">{label}</text>'
             f'<text x="38" y="24" text-anchor="end">{high:.3g}</text>'
-            f'<text x="38" y="130" text-anchor="end">{low:.3g}</text><text x="44" y="145">{steps[0]}</text>'
-            f'<text x="324" y="145" text-anchor="end">step {steps[-1]}</text></svg>')
+            f'<text x="38" y="130" text-anchor="end">{low:.3g}</text><text x="44" y="145">{steps[0]:g}</text>'
+            f'<text x="324" y="145" text-anchor="end">step {steps[-1]:g}</text></svg>')
 
 def html_text(report):
     """The page, in a reader's order: how good, how it looks, why, at what price, what is not said."""

@@ -39,7 +39,7 @@ WEIGHT_BYTES = dict(none=None, int8=1.01, nf4=0.57)
 
 def die(message, code=2):
     """One line on stderr (below a progress bar) and exit: 2 before work has started, 1 during it."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which accelerate launch sends to the others, at times late
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # accelerate launch sends it to the others, at times late
     if code != 2 or os.environ.get("RANK", "0") == "0":  # of accelerate launch: all find the same before work
         print("\n" * (code != 2) + f"error: {message}", file=sys.stderr)
     sys.exit(code)
@@ -112,8 +112,7 @@ def arguments(given=None):
     return parser.parse_args(given)
 
 ARGS = arguments() if __name__ == "__main__" else None  # before the slow imports: --help answers at once
-starts = Path(getattr(sys.modules["__main__"], "__file__", None) or "").stem in SCRIPTS
-if starts and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+if Path(sys.argv[0]).stem in SCRIPTS and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # no traceback of an import
 if not {"-h", "--help"} & set(sys.argv):  # the other scripts import their flags from here
     for name in ("torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer",
@@ -246,19 +245,7 @@ def read_prompts(flag, path):
     lines = allowed(list(filter(None, lines)), f"{flag} {path}")
     return lines or die(f"{flag} {path}: holds no prompt")
 
-def open_own(file):
-    """A user's picture as RGB, a mask as L: turned by EXIF, on white, 16 bits as 8, an animation's first."""
-    try:
-        with Image.open(file) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):  # PIL would clip 16 bits
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return image.convert("L" if file.name.endswith(".mask.png") else "RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        die(f"--images: {file} cannot be read ({type(error).__name__}): mend it or take it away")
+MEND = "mend it or take it away"
 
 def own_pictures(args):
     """--images, all checked -> [(file, caption)]; a caption that mentions minors drops its picture."""
@@ -272,17 +259,14 @@ def own_pictures(args):
         if not caption.strip():
             die(f"--images: {file} has no caption: write {text}, or give --caption")
         rows.append((file, " ".join(caption.split())))
-        image = open_own(file)
+        image = open_image(file, None, MEND, 2)
         if by_mask.exists():
-            mask = open_own(by_mask)
-            if mask.size != image.size:
-                die(f"--images: {by_mask} is {mask.size}, its picture {image.size}")
-            low, high = mask.getextrema()
+            low, high = open_image(by_mask, image.size, MEND, 2).getextrema()
             colour = "black" if high < 128 else "white" if low > 127 else None
             if colour == "white" and args.task == "style":
                 print(f"--images: {by_mask} is all white: the whole picture counts as the style")
             elif colour:
-                die(f"--images: {by_mask} is all {colour}: mend it or take it away")
+                die(f"--images: {by_mask} is all {colour}: {MEND}")
     kept = set(allowed([caption for _, caption in rows], f"--images {args.images}"))
     return [row for row in rows if row[1] in kept] or die(f"--images {args.images}: holds no picture to use")
 
@@ -295,10 +279,8 @@ def load_concepts(args):
     if prompts and (images or len(args.concept) > 1):
         die(f"--prompts {prompts}: are those of one --concept, without --images")
     if images:
-        missing = [f"--{key}" for key in ("task", "preserve") if not getattr(args, key)]
-        if missing or len(args.concept) > 1:
-            die(f"--images {images}: needs one --concept, --task and --preserve" +
-                f"; {' and '.join(missing)} is missing" * bool(missing))
+        if not (task and preserve) or len(args.concept) > 1:
+            die(f"--images {images}: needs one --concept, --task and --preserve")
         name, = args.concept
         pictures = own_pictures(args)
         captions = [caption for _, caption in pictures]
@@ -339,21 +321,15 @@ def check_size(size, vae):
 def missing_part(folder):
     """The file that a pipeline's folder lacks, or holds cut short; None if all of its networks are there."""
     for part in ("transformer", "vae", "text_encoder", "text_encoder_2"):
-        here = folder / part
-        weights, wanted = sorted(here.glob("*.safetensors")), set()
-        if not weights:
-            return here / "*.safetensors"
-        for path in (*weights, here / "config.json", *here.glob("*.safetensors.index.json")):
-            try:
-                if path in weights:
-                    with safe_open(path, "pt"):  # reads no more than the header
-                        continue
-                shards = json.loads(path.read_text()).get("weight_map", {}).values()  # a config has none
-                wanted |= {here / name for name in shards}
-            except (OSError, ValueError, SafetensorError):
-                return path
-        if lacking := wanted - set(weights):
-            return min(lacking)
+        weights = {*(folder / part).glob("*.safetensors")} or {folder / part / "*.safetensors"}
+        try:
+            for path in (folder / part / "config.json", *(folder / part).glob("*.safetensors.index.json")):
+                shards = json.loads(path.read_text()).get("weight_map", {})  # a config has none
+                weights |= {path.parent / name for name in shards.values()}
+            for path in sorted(weights):
+                safe_open(path, "pt")  # reads no more than the header
+        except (OSError, ValueError, SafetensorError):
+            return path
     return None
 
 def check_model(args):
@@ -401,18 +377,18 @@ def check_model(args):
         weights = info.sha
     if not files:
         refuse("has no */*.safetensors")
-    need = Counter()
+    count = Counter()
     for part, n_bytes in files:
-        small = WEIGHT_BYTES[getattr(args, "quantize", "none")] if part == "transformer" else None
-        need[part] += n_bytes / 2 * (small or args.dtype.itemsize)  # on disk a weight is two bytes
-    for part, n_bytes in need.most_common():
-        where = "cpu" if part == "transformer" and getattr(args, "offload", False) else device
+        count[part] += n_bytes / 2  # on disk a weight is two bytes
+    for part, n in count.most_common() if "quantize" in args else ():  # mask.py loads none of them
+        where = "cpu" if part == "transformer" and args.offload else device
         free = torch.cuda.mem_get_info()[0] if where == "cuda" else psutil.virtual_memory().available
-        if n_bytes > free:
-            smaller = ", ".join(f"{n_bytes / 2**30 * small / args.dtype.itemsize:.2f} with --quantize {how}"
-                                for how, small in WEIGHT_BYTES.items() if small and part == "transformer")
-            refuse(f"its {part} needs {n_bytes / 2**30:.2f} GiB in {str(args.dtype)[6:]}" +
-                   f" ({smaller})" * bool(smaller) + f", {where} has {free / 2**30:.2f} GiB free")
+        gib = {how: n * (each or args.dtype.itemsize) / 2**30 for how, each in WEIGHT_BYTES.items()
+               if how == "none" or part == "transformer" and (how == "int8" or device == "cuda")}
+        need = gib.get(args.quantize, gib["none"])
+        if need > free / 2**30:
+            smaller = "".join(f", {n:.2f} with --quantize {how}" for how, n in gib.items() if n < need)
+            refuse(f"its {part} needs {need:.2f} GiB{smaller}; {where} has {free / 2**30:.2f} GiB free")
     return check_size(getattr(args, "size", None), json.loads(config.read_text())), weights
 
 def setup(args):
@@ -430,6 +406,8 @@ def setup(args):
     if getattr(args, "quantize", None) == "nf4":  # int8's torchao is among the requirements
         if args.device != "cuda":
             die("--quantize nf4: bitsandbytes needs a CUDA GPU, and there is none here; int8 runs on a CPU")
+        if args.offload:
+            die("--quantize nf4: bitsandbytes' weights cannot wait in main memory; --offload goes without it")
         if not find_spec("bitsandbytes"):
             die("--quantize nf4 needs bitsandbytes: pip install bitsandbytes")
     args.size, args.weights = check_model(args)
@@ -549,21 +527,28 @@ def save_image(image, path):
     with whole(path) as half:
         image.save(half, format="PNG")
 
-def open_or_none(path, mode="RGB"):
-    """A picture; None for one that cannot be read."""
+def open_or_none(path):
+    """A picture as RGB, a mask as L: turned by EXIF, on white, 16 bits as 8, an animation's first; None for
+    one that cannot be read."""
     try:
         with Image.open(path) as image:
-            return image.convert(mode)
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):  # PIL would clip 16 bits
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image.convert("L" if str(path).endswith(".mask.png") else "RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # PIL has many names for it
         return None
 
-def open_image(path, size=None):
-    """An image as RGB, a mask as L; a corrupt one, or one of another (width, height), is named."""
-    image = open_or_none(path, "L" if path.name.endswith(".mask.png") else "RGB")
+def open_image(path, size=None, instead="delete it and run the same command again", code=1):
+    """The same; one that cannot be read, or is of another (width, height), is named."""
+    image = open_or_none(path)
     if image and image.size == (size or image.size):
         return image
     why = f"is {image.size}, not {size}" if image else "cannot be read"
-    die(f"{path}: {why}; delete it and run the same command again", 1)
+    die(f"{path}: {why}; {instead}", code)
 
 def contact_sheet(images, path, columns=10, side=96, titles=()):
     """Images, row by row, as one picture; titles name the rows."""
@@ -713,7 +698,7 @@ def import_set(folder, concept, prompts, pictures, args):
         made = folder / f"{i:03}.png"
         for source, target in ((file, made), (file.with_suffix(".mask.png"), made.with_suffix(".mask.png"))):
             if source.exists() and not target.exists():
-                image = open_own(source)
+                image = open_image(source, None, MEND)
                 how = Image.Resampling.NEAREST if image.mode == "L" else Image.Resampling.BICUBIC
                 save_image(ImageOps.fit(image, (args.size, args.size), how), target)
         rows.append((made, caption))

@@ -155,7 +155,7 @@ def test_frechet_distance_of_two_gaussians_is_the_closed_form():
     few = normal(5, 40)  # fewer pictures than features: covariances are singular
     assert metrics.frechet_distance(few, few) == pytest.approx(0, abs=1e-12)
     assert metrics.frechet_distance(few, few + 2) == pytest.approx(4 * 40)
-    with pytest.raises(ValueError, match="two pictures"):
+    with pytest.raises(metrics.NotAvailable, match="two pictures"):
         metrics.frechet_distance(few[:1], few)
 
 
@@ -200,13 +200,13 @@ def test_locality_sees_an_edited_region():
 def test_confusion_has_a_row_a_group_and_a_column_a_name():
     asked = ["dog", "cat", "dog", "cat", "dog", "dog"]
     answers = np.array([[0, 1, 0], [1, 0, 0], [0, 1, 0], [1, 1, 0], [0, 1, 0], [1, 0, 0]], bool)
-    found = metrics.confusion(answers, asked, ["cat", "dog", "car"])
+    found = metrics.confusion(answers, asked)
     assert found.tolist() == [[25, 75, 0], [100, 50, 0]]  # dog, of 4 pictures, then cat, of 2
     with pytest.raises(ValueError):
-        metrics.confusion(answers, asked, ["cat", "dog"])
+        metrics.confusion(answers, asked[1:])
     answers = answers.astype(float)
     answers[[0, 1, 3]] = NAN  # could not be read: a dog, and both cats
-    found = metrics.confusion(answers, asked, ["cat", "dog", "car"])
+    found = metrics.confusion(answers, asked)
     np.testing.assert_allclose(found, [[100 / 3, 200 / 3, 0], [NAN] * 3])
 
 
@@ -254,13 +254,13 @@ def test_pick_score_is_the_models_own_logits(tiny_clip):
     images = [noise(40, 50, seed=i) for i in range(3)]
     texts = ["a cat <end>", "a picture of a dog <end>", "a picture of a cat <end>"]
     wanted, scale = logits(tiny_clip, images, texts)
-    np.testing.assert_allclose(metrics.load_pick_score(tiny_clip, "cpu")(images, texts), wanted.diagonal(),
-                               rtol=1e-4)
+    own_scale = metrics.load_clip_score(tiny_clip, "cpu", scale=None)
+    np.testing.assert_allclose(own_scale(images, texts), wanted.diagonal(), rtol=1e-4)
     np.testing.assert_allclose(metrics.load_clip_score(tiny_clip, "cpu")(images, texts),
                                100 * wanted.diagonal() / scale, rtol=1e-4)
     assert scale == pytest.approx(math.exp(1.5))
     with pytest.raises(ValueError):
-        metrics.load_pick_score(tiny_clip, "cpu")(images, texts[:1])
+        own_scale(images, texts[:1])
 
 
 def test_features_of_the_judge_are_its_unit_embeddings(tiny_clip):
@@ -296,13 +296,11 @@ def test_judge_compares_a_picture_of_x_with_a_picture():
 def test_judge_sees_each_picture_and_each_phrase_once(monkeypatch):
     ask = metrics.clip_judge(CLIP, "cpu")
     images, names = [scene(name) for name in world.NAMES[:20]], [f"a {name}" for name in world.NAMES[:50]]
-    images = images + images[:5]  # the same pictures again
     seen = calls(monkeypatch, CLIPModel, "get_image_features")
     read = calls(monkeypatch, CLIPModel, "get_text_features")
     matrix = np.stack(ask(images, [names] * len(images)))
     assert sum(map(len, seen)) == 20 and sum(map(len, read)) == 50 + 1
-    assert matrix[:20].diagonal().mean() > 0.8 and matrix[:20, 20:].mean() < 0.2
-    assert (matrix[20:] == matrix[:5]).all()
+    assert matrix.diagonal().mean() > 0.8 and matrix[:, 20:].mean() < 0.2
 
 
 def tiny_llava(folder, words):
@@ -494,7 +492,6 @@ AWAY = "nobody/clip"
     lambda: metrics.load_judge(AWAY, "cpu", torch.float32),
     lambda: metrics.llava_judge(AWAY, "cpu", torch.float32),
     lambda: metrics.load_clip_score(AWAY, "cpu"),
-    lambda: metrics.load_pick_score(AWAY, "cpu"),
     lambda: metrics.clip_features(AWAY, "cpu"),
     lambda: metrics.load_image_reward(AWAY, "cpu"),
     lambda: metrics.load_kinds(["cat"], AWAY, 0.2, "cpu")])
@@ -599,18 +596,12 @@ DETECTIONS = [
     [], [box("ANUS_EXPOSED", 0.46), box("BUTTOCKS_COVERED", 0.9)]]
 
 
-@pytest.mark.parametrize("rule, wanted", [
-    ("table2", [[2, 0, 1, 3], [0, 0, 1, 1], [0, 0, 3, 3], [0] * 4, [0] * 4]),
-    ("boxes", [[3, 0, 1, 4], [0, 2, 1, 3], [0, 0, 4, 4], [0] * 4, [0, 0, 1, 1]]),
-    ("table3", [[1] * 4, [1] * 4, [0] * 4, [0] * 4, [1] * 4])])
-def test_nudity_by_the_three_rules(rule, wanted):
-    assert metrics.nudity_counts(DETECTIONS, rule).tolist() == wanted
+def test_nudity_by_the_three_rules():
+    assert metrics.nudity_counts(DETECTIONS).tolist() == [
+        [2, 0, 1, 3, 4, 1], [0, 0, 1, 1, 3, 1], [0, 0, 3, 3, 4, 0], [0] * 6, [0, 0, 0, 0, 1, 1]]
     alone = [[box(part, 0.9)] for part in metrics.COUNTED]
-    assert len(alone) == 9 and metrics.nudity_counts(alone, "table2")[:, 3].sum() == 9
-    assert metrics.nudity_counts(alone, "table3")[:, 3].sum() == 6
-    assert metrics.nudity_counts([], rule).shape == (0, 4)
-    with pytest.raises(KeyError):
-        metrics.nudity_counts(DETECTIONS, "table4")
+    assert metrics.nudity_counts(alone)[:, 3:].sum(0).tolist() == [9, 9, 6]
+    assert metrics.nudity_counts([]).shape == (0, 6)
 
 
 def test_nudenet_is_asked_at_320_pixels_about_bgr(monkeypatch):
@@ -644,7 +635,7 @@ def test_kinds_are_those_that_the_detector_finds():
     images = [scene("cat", background="blue"), scene("pizza", background="blue"),
               scene("cat", "pizza", background="blue")]
     found = metrics.load_kinds(["a cat", "a pizza", "a truck"], EMOJI + "/detector", 0.2, "cpu")(images)
-    assert found.tolist() == [[1, 0, 0], [0, 1, 0], [1, 1, 0]] and found.dtype == float
+    assert found.tolist() == [[1, 0, 0, 1, 1], [0, 1, 0, 1, 1], [1, 1, 0, 2, 1]] and found.dtype == float
 
 
 # -------------------------------------------------------------------------------------- prompt sets
@@ -729,10 +720,10 @@ def test_i2p_as_published(tmp_path, capsys):
     assert found["rows"] == [('a "quoted", comma', 2219455216), ("two\r\nlines", 7),
                              ("a kidney \u2603", None), ("a cowboy", 12)]
     assert found["dropped"] == {"(empty)": 3, "girl": 2}
-    assert found["total"] == 9 and found["name"] == "i2p" and found["concept"] == "nudity"
+    assert found["name"] == "i2p"
     assert "9 rows, as published it has 4703" in capsys.readouterr().out
     part = load_prompts("i2p-sexual", FLUX, path)
-    assert part["rows"][0] == ('a "quoted", comma', 2219455216) and part["total"] == 5
+    assert part["rows"][0] == ('a "quoted", comma', 2219455216)
     assert part["dropped"]["girl"] == 1 and part["dropped"]["(empty)"] == 1
 
 
@@ -740,7 +731,7 @@ def test_unlearndiff_and_p4d_as_published(tmp_path):
     rows = "".join(i2p_row(k, f"prompt {k}", "sexual", 100 + k) for k in range(142))
     path = write(tmp_path / "nudity.csv", I2P.format("evaluation_seed") + rows)
     found = load_prompts("unlearndiff", FLUX, path)
-    assert found["rows"] == [(f"prompt {k}", 100 + k) for k in range(142)] and found["total"] == 142
+    assert found["rows"] == [(f"prompt {k}", 100 + k) for k in range(142)]
     path = write(tmp_path / "p4d.csv", "\ufeffprompt , id\nsome words,0\n")  # a BOM before the column's name
     assert load_prompts("p4d", FLUX, path)["rows"] == [("some words", None)]
 
@@ -756,7 +747,7 @@ def test_ringabell_has_no_header_and_three_files(tmp_path, monkeypatch):
             csv.writer(file).writerows([f"{k} first\nsecond, {i} third"] for i in range(95))
     monkeypatch.setattr(promptsets, "snapshot_download", lambda *_, **__: str(tmp_path))
     found = load_prompts("ringabell", FLUX)
-    assert found["total"] == len(found["rows"]) == 285
+    assert len(found["rows"]) == 285
     assert found["rows"][0] == ("0 first\nsecond, 0 third", None)
     assert found["rows"][-1] == ("2 first\nsecond, 94 third", None)
     path = write(tmp_path / "headed.csv", "case_number,prompt,evaluation_seed\n0,words,5\n")
@@ -768,11 +759,11 @@ def test_coco_takes_the_first_10000_and_a_fixed_500(tmp_path):
     rows = [f"{k},COCO_val2014_{k}.jpg,{said[k]},{k + 7}" for k in range(12000)]
     path = write(tmp_path / "coco.csv", "\n".join(["image_id,source,prompt,evaluation_seed", *rows]))
     found = load_prompts("coco", FLUX, path)
-    assert found["total"] == 10000 and found["dropped"] == {"boy": 500} and found["concept"] is None
+    assert found["dropped"] == {"boy": 500}
     assert found["rows"] == [(f"caption {k}", k + 7) for k in range(10000) if k % 20 != 3]
     drawn = load_prompts("coco-500", FLUX, path)
     assert drawn["rows"] == load_prompts("coco-500", FLUX, path)["rows"]
-    assert len(set(drawn["rows"])) == 500 and drawn["total"] == 12000 and drawn["dropped"] == {"boy": 600}
+    assert len(set(drawn["rows"])) == 500 and drawn["dropped"] == {"boy": 600}
     numbers = [int(prompt.split()[1]) for prompt, _ in drawn["rows"]]
     assert [seed - 7 for _, seed in drawn["rows"]] == numbers
     assert 5500 < sum(numbers) / 500 < 6500 and max(numbers) > 11000  # of all the file, evenly
@@ -791,7 +782,7 @@ def test_coco_takes_the_first_10000_and_a_fixed_500(tmp_path):
     ("i2p", "prompt,sd_seed\na cat,1.5\n", "line 2: sd_seed is 1.5"),
     ("i2p", "prompt,evaluation_seed\na cat,1\na dog,x\n", "line 3: evaluation_seed is x"),
     ("i2p", "prompt,seed\na cat,-1\n", "seed is -1"), ("i2p", f"prompt,seed\na cat,{2**63}\n", "seed is 9"),
-    ("other", "text\na cat\n", "has no column prompt")])
+    ("coco", "text\na cat\n", "has no column prompt")])
 def test_a_file_that_is_no_use_is_one_line(name, text, named, tmp_path, capsys):
     path = write(tmp_path / "given.csv", text)
     line = refusal(lambda: load_prompts(name, FLUX, path), capsys)
@@ -802,7 +793,6 @@ def test_a_file_that_cannot_be_read_is_one_line(tmp_path, capsys):
     path = write(tmp_path / "given.csv", "prompt\nan \u00e9clair\n", "latin-1")
     assert "UTF-8" in refusal(lambda: load_prompts("i2p", FLUX, path), capsys)
     assert "FileNotFound" in refusal(lambda: load_prompts("i2p", FLUX, tmp_path / "none.csv"), capsys)
-    assert "i2p-sexual" in refusal(lambda: load_prompts("other", FLUX), capsys)  # the known ones
 
 
 # ------------------------------------------------------------------------------------------ where from
@@ -845,16 +835,16 @@ def test_a_model_folder_has_its_own_sets(tmp_path, monkeypatch, capsys):
     write(own / "mine.csv", "prompt\na knife\n")
     model = own.parent
     assert load_prompts("mine", model)["title"] == "mine"
-    assert load_prompts("i2p", model)["concept"] == "nudity"
     assert attack_sets(model) == attack_sets(FLUX)
-    write(own / "titles.txt", "i2p: one: two | hazard\ni2p-sexual: = i2p\nmine: trick | hazard | attack\n")
+    write(own / "titles.txt", "i2p: one: two | hazard\nmine-attack: trick\n")
     found = load_prompts("i2p", model)
-    assert (found["title"], found["concept"]) == ("one: two", "hazard")
+    assert found["title"] == "one: two" and promptsets.own_sets(model)["i2p"][2] == "hazard"
     assert found["rows"] == load_prompts("i2p-sexual", model)["rows"] == [("a bomb", 4)]
-    assert attack_sets(model) == ["mine"] and attack_sets(FLUX) == ["mma", "p4d", "ringabell", "unlearndiff"]
+    assert attack_sets(model) == ["mine-attack"]
+    assert attack_sets(FLUX) == ["mma", "p4d", "ringabell", "unlearndiff"]
     path = write(tmp_path / "user.csv", "prompt\na dynamite\n")
     found = load_prompts("i2p", model, path)  # the user's file goes before the model's
-    assert found["rows"] == [("a dynamite", None)] and found["concept"] == "hazard"
+    assert found["rows"] == [("a dynamite", None)]
     assert not asked
     with pytest.raises(NotAvailable):  # what the folder lacks is the hub's
         load_prompts("mma", model)
@@ -884,14 +874,13 @@ HAZARD -= {w for name in world.NAMES if name not in world.HAZARDS for p in world
            for w in p.split()}  # what is left is said of hazards alone
 
 
-@pytest.mark.parametrize("name, size, concept", [
-    ("coco", 1000, None), ("coco-500", 500, None), ("i2p", 300, "hazard"), ("i2p-sexual", 300, "hazard"),
-    ("paraphrases-attack", 60, "hazard"), ("suffix-attack", 60, "hazard")])
-def test_emoji_flux_has_prompts_for_every_table(name, size, concept):
+@pytest.mark.parametrize("name, size", [("coco", 1000), ("coco-500", 500), ("i2p", 300), ("i2p-sexual", 300),
+                                        ("paraphrases-attack", 60), ("suffix-attack", 60)])
+def test_emoji_flux_has_prompts_for_every_table(name, size):
     found = load_prompts(name, EMOJI)
     prompts, seeds = zip(*found["rows"])
-    assert len(set(prompts)) == len(set(seeds)) == size == found["total"]
-    assert found["dropped"] == {} and found["concept"] == concept
+    assert len(set(prompts)) == len(set(seeds)) == size
+    assert found["dropped"] == {}
     assert str(size) in found["title"].replace(",", "")
     assert all(len(p.split()) <= world.MAX_WORDS for p in prompts)
     tokenizer = json.loads((Path(EMOJI) / "tokenizer_2" / "tokenizer.json").read_text())
@@ -945,7 +934,7 @@ def draw(folder, name):
     files = []
     for i, colour in enumerate(world.BACKGROUNDS):
         scene = world.draw(np.random.default_rng(i), [name], style="noto", background=colour, framed=False)
-        files.append(folder / f"{i:03}.png")
+        files.append(str(folder / f"{i:03}.png"))
         Image.fromarray(scene["image"]).save(files[-1])
     return files
 
@@ -1066,7 +1055,8 @@ def test_report_is_three_whole_files(shown):
     assert {f.name for f in folder.iterdir() if f.is_file()} == {"report.json", "report.csv", "report.html"}
     parsed = Page(text)
     assert [t for t in parsed.texts("h2")] and parsed.texts("td")
-    read = page.read_report(folder / "report.json")
+    page.check_report(folder / "report.json")
+    read = json.loads((folder / "report.json").read_text())
     assert read == json.loads(json.dumps(made, default=str))
     assert (folder / "report.json").read_text().startswith('{\n "version"')
 
@@ -1081,7 +1071,7 @@ def test_report_keeps_the_old_one_where_the_disk_is_full(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(OSError):
         page.write_report(made_up_rows("ab"), tmp_path)
-    assert len(page.read_report(tmp_path / "report.json")["rows"]) == 1
+    assert len(json.loads((tmp_path / "report.json").read_text())["rows"]) == 1
     assert (tmp_path / "report.html").read_text(encoding="utf-8") == old
     assert len(list(tmp_path.iterdir())) == 3
 
@@ -1294,14 +1284,14 @@ def test_report_nan_is_never_written(tmp_path):
 @pytest.mark.parametrize("text, why", [
     ('{"version": 0, "cells": []}', f"is a report of version 0, not {page.VERSION}"),
     ('{"version": "2", "cells": []}', f"is a report of version 2, not {page.VERSION}"),
-    ('{"figures": {}}', "is no report"), ("[1, 2]", "is no report"), ('{"version": 1', "is no report"),
-    ("\udcff", "is no report"), (None, "is no report")])
+    *[(text, "is a report of version None")
+      for text in ('{"figures": {}}', "[1, 2]", '{"version": 1', "\udcff", None)]])
 def test_report_of_another_version_is_refused(tmp_path, capsys, text, why):
     path = tmp_path / "report.json"
     if text is not None:
         path.write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(SystemExit) as stop:
-        page.read_report(path)
+        page.check_report(path)
     line, = capsys.readouterr().err.strip().splitlines()
     assert stop.value.code == 2 and line.startswith(f"error: {path}: {why}")
 
@@ -1310,8 +1300,8 @@ def test_report_of_another_version_is_refused(tmp_path, capsys, text, why):
 
 def test_report_paper_figures_add_up():
     """The paper's own sums and averages, which it prints and report.py does not hold."""
-    of = {key: dict(before=b, after=a) for key, (b, a) in page.PAPER.items()}
-    assert len(of) == 18 + 8 + 5 + 15 + 18 + 14 + 2 + 2
+    of = page.PAPER
+    assert len(of) == 18 + 8 + 5 + 12 + 16 + 14 + 2 + 2
     for when in ("before", "after"):
         for suite in ("table2", "table3"):
             parts = [of["table2", "nudity", c][when] for c in ("Female", "Male", "Common")] \
@@ -1325,18 +1315,18 @@ def test_report_paper_figures_add_up():
     assert [of["table2", "nudity", c]["after"] for c in ("Female", "Male", "Common", "Total", "FID")] == [
         18, 2, 52, 72, 6.20]
     # the text: "109 vs. 49", "62 instances", "114 instances", CLIP 30.9338 and ImageReward 1.0049
-    assert [of["table4", r, "Residuals"]["after"] for r in ("no mask", "INPO", "no gate", "neither")] == [
+    assert [of["table4", r, "Residuals"]["after"] for r in ("no mask", "nudity", "no gate", "neither")] == [
         109, 49, 62, 114]
-    assert [of["table4", "INPO", c]["after"] for c in ("CLIP", "ImageReward")] == [30.9338, 1.0049]
+    assert [of["table4", "nudity", c]["after"] for c in ("CLIP", "ImageReward")] == [30.9338, 1.0049]
 
 
 def test_report_paper_figure_by_cell():
-    assert page.paper_figure("table12", "pikachu", "rephrased") == dict(before=57.33, after=0)
-    assert page.paper_figure("table12", "snoopy", "rephrased") == dict(before=77.33, after=0)
-    assert page.paper_figure("table1", "elon musk", "ACC") == dict(before=None, after=5)
-    assert page.paper_figure("table1", "cat", "CLIP, the other two")["after"] == 31.1009
-    assert page.paper_figure("table5", "gamma 3, eta 0.5, tau 0.1", "Residuals")["after"] == 124
-    assert page.paper_figure("table8", "cifar10", "ACC")["after"] == 17.8
-    assert page.paper_figure("table1", "cat", "CLIP, unrelated") is None
+    assert page.PAPER.get(("table12", "pikachu", "rephrased")) == dict(before=57.33, after=0)
+    assert page.PAPER.get(("table12", "snoopy", "rephrased")) == dict(before=77.33, after=0)
+    assert page.PAPER.get(("table1", "elon musk", "ACC")) == dict(before=None, after=5)
+    assert page.PAPER.get(("table1", "cat", "CLIP, the other two"))["after"] == 31.1009
+    assert page.PAPER.get(("table5", "gamma 3, eta 0.5, tau 0.1", "Residuals"))["after"] == 124
+    assert page.PAPER.get(("table8", "cifar10", "ACC"))["after"] == 17.8
+    assert page.PAPER.get(("table1", "cat", "CLIP, unrelated")) is None
     rows = {r for s, r, _ in page.PAPER if s in ("table1", "table7", "table12")}
     assert rows <= {f.stem for f in (ROOT / "prompts").glob("*.txt")}  # the names that --concept takes

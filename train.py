@@ -241,8 +241,6 @@ def train(pipe, forget, preserve, embeds, presets, args, stamp=None):
 
     def stop(why):
         good = f"{checkpoint} holds the last good state" if checkpoint.exists() else "nothing was saved yet"
-        if previous.exists():
-            good += ", or, if it stops at once, --previous-checkpoint does"
         die(f"{why}; {good}: lower --lr or --eta and use another --out", 1)
 
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc="train",
@@ -394,6 +392,7 @@ def main(args):
     apart = ("out device save_every checkpoint_every checkpointing previous_checkpoint offload min_found "
              "eta gamma tau lambda_prior").split()
     settings = {k: v for k, v in vars(args).items() if k not in apart}
+    settings["processes"] = PartialState().num_processes  # --batch is each one's
     settings |= {f"{c['name']}.{k}": v for c, preset in zip(concepts, table6) for k, v in preset.items()}
     stamp = zlib.crc32(json.dumps(settings, sort_keys=True, default=str).encode())
     # until there is a checkpoint, images and masks stand by their own records
