@@ -53,7 +53,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 import train  # noqa: E402
 from inpo import inpo_loss  # noqa: E402
 
-GIB = 2**30
+GIB, SAM = 2**30, "masks (SAM's ViT-H)"
 # of attention's kernels the counter knows CUDA's only
 flop_registry[torch.ops.aten._scaled_dot_product_flash_attention_for_cpu] = sdpa_flop
 # FLUX.1's published configs, where they differ from the classes' defaults; schnell has no guidance
@@ -186,7 +186,7 @@ def plan(args, texts=None, states=3.5):
     within = max(watch(flux(num_layers=k, num_single_layers=1 - k), predict(B, tokens, texts, True), dtype)[0]
                  for k in (0, 1))
     whole, block, layer = (n * dtype.itemsize for n in (numel["transformer"], max(blocks), max(linears)))
-    found = {name: {} for name in ("prompts", "sample", "masks", "latents", "train", "train --checkpointing")}
+    found = {name: {} for name in ("prompts", "sample", SAM, "latents", "train", "train --checkpointing")}
     for how in (*WEIGHT_BYTES, "offload"):
         each = WEIGHT_BYTES.get(how) or dtype.itemsize
         resident = 0 if how == "offload" else numel["transformer"] * each
@@ -195,7 +195,7 @@ def plan(args, texts=None, states=3.5):
         vae_bytes, optimizer = numel["vae"] * dtype.itemsize, 4 * sum(lora) * (2 + states)
         found["prompts"][how] = (numel["text_encoder"] + numel["text_encoder_2"]) * dtype.itemsize + text
         found["sample"][how] = resident + vae_bytes + max(decoded, drawn + used)
-        found["masks"][how] = plan_masks()[0]
+        found[SAM][how] = plan_masks()[0]
         found["latents"][how] = vae_bytes + encoded
         found["train"][how] = resident + optimizer + plain + max(used, kept * whole)
         found["train --checkpointing"][how] = resident + optimizer + given + within + max(used, kept * block)
@@ -255,7 +255,7 @@ def show_plan(args):
     images, steps, forward = 50 + 8 * 25, 300, work["forward"] / 1e12
     print(f"\nwork by the defaults, a forward of one image being {forward:.3g} TFLOP; computed")
     for name, forwards, more in (
-            ("prompts, each (T5)", 0, work["text"]), ("masks, each (SAM's encoder)", 0, work["mask"]),
+            ("prompts, each (T5)", 0, work["text"]), (f"{SAM}, each", 0, work["mask"]),
             (f"sample, {images} images x 28 steps", images * 28, images * work["decode"]),
             (f"latents, {images} images", 0, images * work["encode"]),
             (f"train, {steps} steps", steps * 2 * args.batch * 3, 0),

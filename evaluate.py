@@ -147,10 +147,10 @@ def read_rows(args):
             die(f"--images {args.pictures}: needs one --concept, to know what is asked")
         return [dict(name=args.pictures.name, folder=args.pictures, digest=None, forgotten=args.concept,
                      asked=args.concept[0])]
-    rows = []
-    for folder in args.lora or args.compare:
+    rows, flag = [], "compare" if args.compare else "lora"
+    for folder in args.lora:
         if not (folder / WEIGHTS).exists():
-            die(f"--lora {folder}: holds no {WEIGHTS}")
+            die(f"--{flag} {folder}: " + (f"holds no {WEIGHTS}" if folder.is_dir() else "is no folder"))
         runs = [f / "args.json" for f in (folder, folder.parent)]  # the latter for --save-every's step-N
         run = next((f for f in runs if f.exists()), runs[0])
         settings = read_settings(run, None if args.concept else "--concept is missing, give it")
@@ -158,7 +158,7 @@ def read_rows(args):
         if settings.get("images"):  # own pictures need no prompt file, an evaluation does
             forgotten = args.concept or forgotten
         if Path(base).name != Path(args.model).name:
-            die(f"--lora {folder}: was trained on {base}, not on --model {args.model}")
+            die(f"--{flag} {folder}: was trained on {base}, not on --model {args.model}")
         asked = args.concept or forgotten
         alone = len(asked) == 1 or set(args.suite) <= HARM | {"table8"}  # the others ask about one concept
         if not alone or not set(asked) <= set(forgotten):
@@ -171,7 +171,7 @@ def read_rows(args):
     for names in zip(*[(row["asked"], row["folder"].name, str(row["folder"])) for row in rows]):
         if len(set(names)) == len(rows):  # the shortest that tells them apart
             return [row | dict(name=name) for row, name in zip(rows, names)]
-    die(f"--{'compare' if args.compare else 'lora'}: names one LoRA twice")
+    die(f"--{flag}: names one LoRA twice")
 
 def check_loras(loras, model):
     """Refuse one of {digest: folder} that is corrupt or does not fit, before anything is written: they are
@@ -235,12 +235,12 @@ def plan_jobs(rows, args):
                 job.home, job.made_by = job.folder, dict(lora=job.lora)
                 if one.get("seeds") and when != "again":
                     job.made_by["seeds"] = one["seeds"]
+                job.files = [job.folder / f"{i:03}.png" for i in range(job.n)]
                 if args.pictures and when == "after":
                     job.home, alone = args.out / "report" / part, len(row["sets"]) == 1
                     job.files = [] if args.list else own_files(args.pictures, one, name, alone)
-                else:
+                elif not args.list:
                     check_set(job.folder, job.noise, job.prompts, job.n, mine, **job.made_by)
-                    job.files = [job.folder / f"{i:03}.png" for i in range(job.n)]
                 jobs[row["name"], name, when] = job
     return jobs
 
@@ -472,6 +472,11 @@ def read_run(row):
     return curve, cost
 
 def main(args):
+    lines = sys.stdout  # --list's have it to themselves
+    with contextlib.redirect_stdout(sys.stderr) if args.list else contextlib.nullcontext():
+        evaluate(args, lines)
+
+def evaluate(args, lines):
     everything = "all" in args.suite
     args.suite = [suite for suite in SUITES if suite in args.suite or everything]
     args.lora = args.lora or args.compare
@@ -516,7 +521,7 @@ def main(args):
             seeds = job.made_by.get("seeds")
             for i, prompt in enumerate(cycled(job.prompts, job.n) if when == "after" else ()):
                 drawn = seeds[i] if seeds else seed_of(args.seed, job.noise, i)
-                print(json.dumps(dict(set=name, seed=drawn, prompt=prompt), ensure_ascii=False))
+                print(json.dumps(dict(set=name, seed=drawn, prompt=prompt), ensure_ascii=False), file=lines)
         return
     todo = {job.folder: job for job in jobs.values() if not all(file.exists() for file in job.files)}
     with stage("sample", args.out):

@@ -56,12 +56,17 @@ def number(kind=float, least=0.0, strict=True, most=math.inf, finite=True):
     parse.__name__ = kind.__name__  # argparse then says "invalid float value: 'x'"
     return parse
 
+def model_name(text):
+    """A folder's shortest name: emoji-flux/ and ./emoji-flux are one model."""
+    folder = Path(text)
+    return str(folder if folder.name else folder.resolve()) if folder.is_dir() else text
+
 def model_flags(parser, needs_concept=True, out="default out/MODEL-CONCEPT, with -SEED where it is not 0"):
     raw = argparse.RawDescriptionHelpFormatter
     parser.formatter_class = functools.partial(raw, max_help_position=36, width=110)
     parser.usage = "%(prog)s [flags]"
     parser.error = die  # one line, without the usage
-    parser.add_argument("--model", default="black-forest-labs/FLUX.1-dev",
+    parser.add_argument("--model", type=model_name, default="black-forest-labs/FLUX.1-dev",
                         help="a FluxPipeline: hub id or folder (default %(default)s)")
     parser.add_argument("--concept", nargs="+", action="extend", metavar="NAME", required=needs_concept,
                         help="a prompt file's name; several: one LoRA forgets them all")
@@ -339,7 +344,8 @@ def check_model(args):
     model, device = args.model, args.device
 
     def refuse(why):
-        die(f"--model {model}: {why}; what runs here: python train.py --model emoji-flux --concept cat")
+        script, known = (os.path.relpath(ROOT / name) for name in ("train.py", "emoji-flux"))
+        die(f"--model {model}: {why}; what runs here: python {script} --model {known} --concept cat")
 
     here, folder = Path(model).is_dir(), Path(model)
     if not here:
@@ -354,7 +360,8 @@ def check_model(args):
             refuse(f"{folder} holds no FluxPipeline (model_index.json)")
         if missing:
             refuse(f"{missing} is missing or cannot be read")
-        paths = sorted(folder.glob("*/*.safetensors"))
+        paths = sorted(p for p in folder.glob("*/*.safetensors")  # not a LoRA that somebody keeps there
+                       if (p.parent / "config.json").exists())
         files = [(p.parent.name, p.stat().st_size) for p in paths]
         weights = fingerprint(paths + sorted(folder.glob("*.pth"))) if here else folder.name  # its commit
     else:
@@ -626,9 +633,9 @@ def check_set(folder, concept, prompts, count, args, **made_by):
     if isinstance(count, list):
         files = [path for file, _ in count for path in (file, file.with_suffix(".mask.png"))]
         made_by["own"] = fingerprint(path for path in files if path.exists())
-    settings = dict(model=args.model, weights=args.weights, concept=concept, prompts=prompts, seed=args.seed,
-                    size=args.size, group=args.sample_batch, steps=args.sample_steps,
-                    guidance=args.sample_guidance, dtype=args.dtype, quantize=args.quantize, **made_by)
+    flags = "weights seed size sample_batch sample_steps sample_guidance dtype quantize".split()
+    settings = dict(model=Path(args.model).name, concept=concept, prompts=prompts,
+                    **{flag: getattr(args, flag) for flag in flags}, **made_by)
     check_settings(folder / "settings.json", settings, folder, f"use another --out, or delete {folder}")
     return settings
 
@@ -676,10 +683,12 @@ def plan_sets(concepts, args):
     forget = [(args.out / "forget" / c["name"], c["name"], c["train"], c.get("pictures", args.n_forget))
               for c in concepts]
     folder = args.preserve_dir or args.out / "preserve"
-    preserve = {other: (folder / other, other, [t.replace("{}", other) for t in c["preserve"]],
-                        args.n_preserve)
-                for c in concepts for other in c["neighbours"] + c["unrelated"]
-                if not mentions(other, concepts)}
+    others = {other: c["preserve"] for c in concepts for other in c["neighbours"] + c["unrelated"]}
+    preserve = {other: (folder / other, other, [t.replace("{}", other) for t in templates], args.n_preserve)
+                for other, templates in others.items() if not mentions(other, concepts)}
+    if args.preserve and len(preserve) < len(others):
+        print(f"--preserve {args.preserve}: {len(others) - len(preserve)} of {len(others)} prompts dropped, "
+              "they name what is forgotten")
     if args.preserve and preserve:  # a file of many lines: one set, of as many images as eight concepts have
         count = max(len(preserve), 8 * args.n_preserve)
         preserve = {"": (folder / args.preserve.stem, args.preserve.stem, list(preserve), count)}

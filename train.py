@@ -401,6 +401,8 @@ def main(args):
         if not (args.out / "args.json").exists():
             die(f"--out {args.out}: holds a checkpoint and no args.json to tell whose: use another --out")
         check_settings(args.out / "args.json", settings, f"--out {args.out}")
+    if (args.out / "README.md").exists() and not (args.out / "args.json").exists():
+        die(f"--out {args.out}: holds a README.md, which the LoRA's card would replace: use another --out")
     for (folder, *_), concept in zip(forget, concepts):
         check_masks(folder, concept, args)
     with lock(args.out):

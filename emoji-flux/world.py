@@ -150,6 +150,8 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.error = lambda why: parser.exit(2, f"error: {why}\n")  # one line, without the usage
     args = parser.parse_args()
+    if args.seed < 0:
+        parser.error(f"--seed {args.seed}: must not be negative")
     rng = np.random.default_rng(args.seed)
     sheet = Image.new("RGB", (8 * 160, 5 * 180), "white")
     pen = ImageDraw.Draw(sheet)
