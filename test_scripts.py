@@ -506,8 +506,8 @@ def test_nudity_masks_are_nudenets_exposed_boxes(monkeypatch):
 
         def detect(self, pixels):
             assert pixels[0, 0].tolist() == [3, 2, 1]  # BGR
-            return [{"class": name, "score": score, "box": [10, 20, 30, 5]} for name, score in (
-                ("BELLY_EXPOSED", 0.5), ("BELLY_COVERED", 0.9), ("FEET_EXPOSED", 0.1))]
+            return [{"class": name, "score": score, "box": [x, 20, 30, 5]} for x, name, score in (
+                (10, "BELLY_EXPOSED", 0.5), (15, "BELLY_COVERED", 0.9), (20, "FEET_EXPOSED", 0.1))]
 
     monkeypatch.setitem(sys.modules, "nudenet", Namespace(NudeDetector=Detector))
     concept = dict(detect=["nudenet"], task="nsfw")
@@ -1384,17 +1384,23 @@ def test_measuring_memory_deletes_nothing_of_the_users(tmp_path, monkeypatch):
     assert (tmp_path / "mine.txt").exists() and (tmp_path / "memory").exists()
 
 
-def test_plan_of_a_stage_is_the_sum_of_its_parts(capsys):
+def test_plan_of_a_stage_is_the_sum_of_its_parts(monkeypatch, capsys):
+    """By hand, from what a network needs at its peak (1,000 bytes, say), keeps (10) and computes (5)."""
+    monkeypatch.setattr(bench, "watch", lambda *_: (1000, 10, 5))
+    monkeypatch.setattr(bench, "plan_masks", lambda: (7, 5))
     args = bench.arguments(["--plan", "--model", EMOJI])
-    (three, *_), (more, _, (*_, parameters), _) = bench.plan(args, states=3), bench.plan(args)
-    lora = 4 * parameters  # bytes in float32
-    assert more["train"]["none"] - three["train"]["none"] == lora / 2  # by default 3.5 tensors
-    network = bench.build("transformer", bench.config_of(EMOJI, "transformer"))
-    weights = 2 * sum(p.numel() for p in network.parameters())  # bf16
-    assert weights > three["sample"]["none"] - three["sample"]["offload"] > 0.9 * weights  # less a layer
-    # with checkpointing each block keeps what it was given: image and text, 2 images, bf16
-    given = 2 * 2 * (64 + 20) * 192 * (2 + 4)
-    assert three["train --checkpointing"]["none"] > weights + 5 * lora + given
+    found, _, (_, _, lora), _ = bench.plan(args, states=3)
+    networks = [bench.build(part, bench.config_of(EMOJI, part)) for part in ("transformer", "vae")]
+    weights, vae = (2 * sum(p.numel() for p in network.parameters()) for network in networks)  # bf16
+    layer = 2 * max(m.weight.numel() for m in networks[0].modules() if isinstance(m, torch.nn.Linear))
+    whole, tuned = {}, 4 * lora * (1 + 1 + 3)  # parameters, gradients, three tensors of the optimiser
+    for name, row in found.items():
+        whole[name] = row["none"], row["offload"]
+    assert whole["sample"] == (weights + vae + 1000, vae + 1000 + layer)
+    assert whole["masks (SAM's ViT-H)"] == (7, 7) and whole["latents"] == (vae + 1000,) * 2
+    assert whole["train"] == (weights + tuned + 1000, tuned + 1000 + weights)  # autograd keeps all that visited
+    assert whole["train --checkpointing"][0] == weights + tuned + 10 + 1000
+    assert found["sample"]["int8"] == pytest.approx(1.01 / 2 * weights + vae + 1000 + layer)
     bench.show_plan(args)
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["train,", "300", "steps", "1,800", "forwards"] in [line[:5] for line in lines]  # 300 x 2 x 3
