@@ -157,7 +157,8 @@ def plan_images(concept, n, guidance, also=()):
     target, is_style = concept["concept"], concept["task"] == "style"
     neighbours, unseen, unrelated = ([o for o in concept[key] if not mentions(o, also)]
                                      for key in ("neighbours", "unseen", "unrelated"))
-    if not unrelated:
+    templates = [t for t in concept["preserve"] if not mentions(t, also)]
+    if not unrelated or not templates:
         die(f"--concept {concept['name']}: all that its file calls unrelated is forgotten too")
 
     sets = {"target": (concept["eval"], guidance), "target, guidance 1": (concept["eval"], 1.0),
@@ -166,7 +167,7 @@ def plan_images(concept, n, guidance, also=()):
     for name, others in (("preserved", neighbours + unrelated), ("never seen", unseen)):
         # "a dog in noto style", kept while another style goes, is asked about as a style
         rows = [(t.replace("{}", o), [o.rpartition(" in ")[2] if is_style else o])
-                for t in concept["preserve"] for o in others]
+                for t in templates for o in others]
         if rows:
             prompts, answers = zip(*rows)
             sets[name], asked[name] = (prompts, guidance), (name, cycled(answers, n))
@@ -176,7 +177,8 @@ def plan_images(concept, n, guidance, also=()):
         asked["target in a pair"] = "pairs", [target] * n
         asked["partner in a pair"] = "pairs", cycled(partners, n)
     scenes = [(b, s) for b in concept["backgrounds"] for s in concept["styles"]]
-    things = cycled([concept["preserve"][0].replace("{}", o) for o in unrelated], len(scenes))
+    first = templates[0] if is_style else "{}"  # no "photo of a truck in watercolor style"
+    things = cycled([first.replace("{}", o) for o in unrelated], len(scenes))
     said = [f"{o} {b}" if is_style else f"{o} {b} {s}" for o, (b, s) in zip(things, scenes)]
     sets["scenes"] = said, guidance
     for name, column in (("backgrounds", 0), ("styles", 1)):  # "in noto style" is asked about as "noto style"

@@ -683,9 +683,10 @@ def plan_sets(concepts, args):
     forget = [(args.out / "forget" / c["name"], c["name"], c["train"], c.get("pictures", args.n_forget))
               for c in concepts]
     folder = args.preserve_dir or args.out / "preserve"
-    others = {other: c["preserve"] for c in concepts for other in c["neighbours"] + c["unrelated"]}
+    others = {other: [t for t in c["preserve"] if not mentions(t, concepts)]
+              for c in concepts for other in c["neighbours"] + c["unrelated"]}
     preserve = {other: (folder / other, other, [t.replace("{}", other) for t in templates], args.n_preserve)
-                for other, templates in others.items() if not mentions(other, concepts)}
+                for other, templates in others.items() if templates and not mentions(other, concepts)}
     if args.preserve and len(preserve) < len(others):
         print(f"--preserve {args.preserve}: {len(others) - len(preserve)} of {len(others)} prompts dropped, "
               "they name what is forgotten")

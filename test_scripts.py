@@ -603,6 +603,39 @@ def test_preserved_prompts_that_name_the_concept_are_counted(tmp_path, capsys):
     assert "1 of 3 prompts dropped, they name what is forgotten" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("model, names", [(EMOJI, ("cat", "fluent")), ("none", ("cat", "van gogh"))])
+def test_preserve_set_never_holds_anothers_target(model, names, tmp_path):
+    concepts = [sample.load_concept(model, name) for name in names]
+    args = train.arguments(["--concept", *names, "--out", str(tmp_path)])
+    args.weights, args.size, args.dtype = "", 64, torch.float32
+    _, preserve = sample.plan_sets(concepts, args)
+    prompts = [prompt for _, _, prompts, _ in preserve for prompt in prompts]
+    assert len(preserve) >= 12 and not [p for p in prompts if re.search(r"\bcats?\b", p)]
+    sets, _ = promptsets.plan_images(concepts[1], 100, 3.5, also=concepts[:1])
+    asked = [prompt for name in ("preserved", "never seen", "scenes") for prompt in sets[name][0]]
+    assert asked and not [p for p in asked if "cat" in p.split()]
+
+
+def test_scenes_do_not_contradict_themselves():
+    """No photo in watercolor style: the sentence ends with the style that the judge is asked about."""
+    scenes, _ = promptsets.plan_images(sample.load_concept("none", "pikachu"), 100, 3.5)[0]["scenes"]
+    assert len(scenes) > 5 and not [prompt for prompt in scenes if re.search("photo|illustration", prompt)]
+
+
+def test_flow_made_anew_drops_what_was_distilled_from_the_old(tmp_path, monkeypatch):
+    model = shutil.copytree(EMOJI, tmp_path / "model", ignore=shutil.ignore_patterns("loras"))
+    fakes = dict(HERE=model, latents=lambda _: (None, [dict(names=("cat",))]), save_flow=lambda _: None,
+                 fit=lambda stage, flow, *_, **__: flow)
+    for name, fake in fakes.items():
+        monkeypatch.setattr(build, name, fake)
+    for known, left in (("flow.pt", {"flow.pt", "guide.pt"}), (None, set())):
+        (work := tmp_path / f"work {known}").mkdir()
+        for name in filter(None, ("guide.pt", "teacher.pt", known)):
+            (work / name).touch()
+        build.train_flow(Namespace(work=work, go_on=False, steps=1, lr=None), "flow")
+        assert {f.name for f in work.iterdir()} == left
+
+
 def test_readme_that_is_no_card_stays(tmp_path, capsys):
     (tmp_path / "README.md").write_text("my notes")
     assert "holds a README.md" in refusal(lambda: run_train(tmp_path), capsys)

@@ -507,7 +507,7 @@ def guide_loss(flow, rng, batch=16):
         both = fit.teacher(noisy.repeat(2, 1, 1), ids, sigma.repeat(2), ones)  # (2B, 64, 64)
     cond, uncond = (v.repeat(2, 1, 1) for v in both.float().chunk(2))  # (2B, 64, 64) each
     guidance = 1 + 4 * torch.rand(2 * batch)  # (2B,)
-    guidance[::8] = 1  # which training asks for
+    guidance[:batch:4] = 1  # which training asks for
     target = uncond + guidance[:, None, None] * (cond - uncond)  # (2B, 64, 64)
     said, noisy, sigma = tokenize(said * 2), noisy.repeat(2, 1, 1), sigma.repeat(2)
     return F.mse_loss(flow(noisy, said, sigma, guidance).float(), target)
@@ -533,6 +533,9 @@ def train_flow(args, stage="flow"):
             fit.teacher.load_state_dict(torch.load(known))
         else:
             save_whole(fit.teacher.state_dict(), known)
+    if stage == "flow" and not (args.work / "flow.pt").exists():  # new weights: what was distilled is old
+        for name in ("teacher.pt", "guide.pt"):
+            (args.work / name).unlink(missing_ok=True)
     loss, steps, lr = dict(flow=(flow_loss, 20_000, 3e-3), guide=(guide_loss, 1500, 1e-3))[stage]
     with sdpa_kernel(SDPBackend.MATH):  # for heads this small flash attention's backward is 40 % of a step
         flow = fit(stage, flow, loss, args.steps or steps, args, args.lr or lr, ema=0.998, save=save_flow)
