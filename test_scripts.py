@@ -878,7 +878,7 @@ def test_folder_of_other_settings_is_refused(trained, capsys):
 
 
 def test_images_of_other_weights_are_refused(trained, tmp_path, capsys):
-    shutil.copytree(EMOJI, model := tmp_path / "model", ignore=shutil.ignore_patterns("loras"))
+    shutil.copytree(EMOJI, model := tmp_path / "emoji-flux", ignore=shutil.ignore_patterns("loras"))
     shutil.copytree(trained, out := tmp_path / "cat")
     (out / "checkpoint.pt").unlink()
     for record in out.rglob("*.json"):  # as if they had been made with the model of that name
