@@ -18,11 +18,13 @@ import hashlib
 import itertools
 import json
 import logging
+import os
 import re
 import shlex
 import sys
 import warnings
 import zlib
+from collections import Counter
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -182,6 +184,8 @@ def check_loras(loras, model):
         network = FluxTransformer2DModel.from_config(config)
     layers = {f"transformer.{name}" for name, _ in network.named_modules()}
     for digest, folder in loras.items():
+        if not os.access(folder, os.W_OK):
+            die(f"--lora {folder}: cannot be written to, and what it draws goes there: copy it")
         try:
             lora, alphas = FluxPipeline.lora_state_dict(folder, return_alphas=True)
             odd = [key for key in lora if key.split(".lora")[0].removesuffix(".alpha") not in layers]
@@ -380,10 +384,10 @@ def score_all(rows, jobs, concepts, words, args):
                     cell["unavailable"] = str(error)
             if metric == "judge":
                 with contextlib.suppress(metrics.NotAvailable):  # the cells of the judge say why
-                    matrices += make_matrices(row, jobs, key, load)
+                    matrices += make_matrices(row, jobs, key, load, args.seed)
     return found, matrices
 
-def make_matrices(row, jobs, key, load):
+def make_matrices(row, jobs, key, load, seed):
     """Every concept asked of every concept's pictures: what the target became, what its neighbours lost."""
     sets = {name: one for name, one in row["sets"].items() if "shows" in one}
     named = list(dict.fromkeys(tuple(phrases) for one in sets.values() for phrases in one["shows"]))
@@ -396,7 +400,8 @@ def make_matrices(row, jobs, key, load):
         shows = [" / ".join(phrases) for one in sets.values() for phrases in one["shows"][:one["n"]]]
         labels = [" / ".join(phrases) for phrases in named]
         percent = metrics.confusion(np.stack(said, 1), shows)  # (groups, named)
-        yield dict(row=row["name"], when=when, asked=list(dict.fromkeys(shows)), named=labels,
+        yield dict(row=row["name"], when=when, network=key.removeprefix("judge, "), seed=seed,
+                   n=list(Counter(shows).values()), asked=list(dict.fromkeys(shows)), named=labels,
                    percent=[[None if np.isnan(p) else p for p in shares] for shares in percent.tolist()])
 
 def make_cell(row, column, found, args):

@@ -59,7 +59,8 @@ def score(prediction, target, mask=None, w=1.0, reduction="mask"):
     mask = mask.to(d).expand(shape)  # (B, ...)
     area = mask.flatten(1).sum(1)  # (B,)
     w = torch.as_tensor(w, dtype=d.dtype, device=d.device)  # () or (B,)
-    _check({"prediction, or target or reference, must be finite": d.isfinite(),
+    _check({"prediction must be finite": prediction.isfinite(),
+            "target, or reference, must be finite": target.isfinite(),
             "mask must be in [0, 1]": (0 <= mask) & (mask <= 1), "mask is empty for a sample": area > 0,
             "w must be finite, a number or (B,)": w.isfinite() & (w.shape in ((), shape[:1]))})
     count = {"mask": area, "latent": d[0].numel(), "sum": 1}[reduction]  # (B,) or a number

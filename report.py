@@ -244,10 +244,13 @@ def suite_html(report, suite):
         shown = pairs.setdefault(f"{escape(pair['row'])} − {escape(pair['other'])}", {})
         shown[pair["column"]] = f"<td>{number(d['value'], size, '+')} {interval(d, size)}</td>"
     against = [(name, "".join(shown.get(c, "<td>–</td>") for c in digits)) for name, shown in pairs.items()]
+    floors = {c["column"]: c["floor"] for c in cells if c["floor"]}  # of the one base, the same for all rows
+    titles = [escape(c) + small(c in floors and f"seed noise {number(floors[c]['value'], digits[c], '+')}")
+              for c in digits]
     notes = f'<details class="note"><summary>Networks, sets, seeds, n</summary><ul>{notes}</ul></details>'
     return (table(suite_title(suite), head, rows) + notes +
             ("<h3>Against each other, paired</h3>" + table(
-                "Against each other", ["LoRAs", *map(escape, digits)], against) if against else ""))
+                "Against each other", ["LoRAs", *titles], against) if against else ""))
 
 def picture_html(file, said, blurred):
     """One picture, at most 208 pixels a side, inside the page; a broken one says so."""
@@ -276,9 +279,9 @@ def grid_html(grid):
 
 def heat_html(matrix):
     """A row: of what the pictures were asked for; a column: what the judge was asked about."""
-    rows = [(escape(name), "".join(f'<td style="--v: {(share or 0) / 100:.2f}">{number(share, 0)}</td>'
-                                   for share in shares))
-            for name, shares in zip(matrix["asked"], matrix["percent"])]
+    rows = [(escape(name) + small(f"n = {n}"), "".join(
+                f'<td style="--v: {(share or 0) / 100:.2f}">{number(share, 0)}</td>' for share in shares))
+            for name, n, shares in zip(matrix["asked"], matrix["n"], matrix["percent"])]
     return table(f"{matrix['row']}, {matrix['when']}",
                  [escape(matrix["when"]), *map(escape, matrix["named"])], rows, "heat")
 
@@ -295,6 +298,7 @@ def chart(label, steps, values, low, high):
 
 def html_text(report):
     """The page, in a reader's order: how good, how it looks, why, at what price, what is not said."""
+    judges = sorted({f"{m['network']}, seed {m['seed']}" for m in report["matrices"]})
     heats = "".join(f'<h3>{escape(row)}</h3><div class="side">' +
                     "".join(map(heat_html, of(report["matrices"], row=row))) + "</div>"
                     for row in dict.fromkeys(m["row"] for m in report["matrices"]))
@@ -313,7 +317,7 @@ def html_text(report):
     sections = [(suite_title(suite), suite_html(report, suite)) for suite in report["suites"]] + [
         ("Before and after", "".join(map(grid_html, report["grids"]))),
         ("What became of each concept", heats and '<p class="note">Percent of "yes": a row is what the model '
-         "was asked for, a column what the judge was asked about.</p>" + heats),
+         f"was asked for, a column what {escape('; '.join(judges))} was asked about.</p>" + heats),
         ("Training", curves),
         ("Cost", cost and table("Cost", ["LoRA", "seconds", "peak, GiB", "forward passes"], cost)),
         ("Prompts dropped before anything was drawn", words and table(

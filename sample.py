@@ -69,7 +69,7 @@ def model_flags(parser, needs_concept=True, out="default out/MODEL-CONCEPT, with
     parser.add_argument("--model", type=model_name, default="black-forest-labs/FLUX.1-dev",
                         help="a FluxPipeline: hub id or folder (default %(default)s)")
     parser.add_argument("--concept", nargs="+", action="extend", metavar="NAME", required=needs_concept,
-                        help="a prompt file's name; several: one LoRA forgets them all")
+                        help="a prompt file's name; several: one LoRA forgets them all (D.2)")
     parser.add_argument("--out", type=Path, help=out)
     parser.add_argument("--seed", type=number(int, strict=False, most=2**32 - 1), default=0, help="default 0")
     parser.add_argument("--device", choices=["cpu", "cuda", "mps"], help="default: cuda where there is one")

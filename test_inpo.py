@@ -776,6 +776,8 @@ TENSORS = {
     "reduction": ("reduction", lambda: score(X, X, reduction="mean")),
     "reference-shape": ("reference", lambda: prior_loss(X, X[:1])),
     "reference-nan": ("reference", lambda: prior_loss(X, spoilt(X))),
+    "S-nan": ("S", lambda: gradient_ascent(spoilt(S3))),
+    "S-rank": ("S", lambda: gradient_ascent(S3.mean())),
     "log_ratio-nan": ("log_ratio", lambda: npo_loss(spoilt(S3))),
     "log_ratio-inf": ("log_ratio", lambda: npo_loss(spoilt(S3, INF))),
     "log_ratio-rank": ("log_ratio", lambda: npo_loss(S3.mean())),

@@ -971,7 +971,8 @@ def made_up(folder, limit=25):
     share = np.eye(len(names)) * 92 + np.arange(64).reshape(8, 8) % 7
     gone = share.copy()
     gone[0, :4] = 2, 61, 18, 4
-    matrices = [dict(row="cat", when=when, asked=names, named=[f"a {n}" for n in names], percent=p.tolist())
+    matrices = [dict(row="cat", when=when, network="judge@1", seed=0, n=[9] * len(names),
+                     asked=names, named=[f"a {n}" for n in names], percent=p.tolist())
                 for when, p in (("before", share), ("after", gone))]
     steps = list(range(0, 301, 10))
     curves = [dict(row="cat", step=steps, dS=[2.6 / (1 + np.exp((180 - s) / 18)) for s in steps],
@@ -1138,6 +1139,14 @@ def test_report_a_large_picture_shrinks_and_a_broken_one_is_named(shown, tmp_pat
     assert Page(text).texts("td") == ["", "cannot be read", "cannot be read"]
     found, = re.findall(r"base64,([^\"]+)", text)
     assert Image.open(io.BytesIO(base64.b64decode(found))).size == (208, 104)
+
+
+def test_report_curve_rises_and_heat_grows():
+    points = re.search(r'points="([^"]+)"', page.chart("dS", [0.0, 300.0], [0, 2], 0, 2))
+    assert points[1] == "44.0,130.0 324.0,20.0"
+    assert ">0<" in page.chart("dS", [0.0, 300.0], [0, 2], 0, 2) and ">step 300<" in points.string
+    heat = dict(row="r", when="w", network="j", seed=0, n=[4], asked=["a"], named=["a"], percent=[[25]])
+    assert 'style="--v: 0.25">25<' in page.heat_html(heat) and "n = 4" in page.heat_html(heat)
 
 
 # --------------------------------------------------------------------------------------------- what is marked

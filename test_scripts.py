@@ -1452,6 +1452,16 @@ def test_measuring_memory_deletes_nothing_of_the_users(tmp_path, monkeypatch):
     assert (tmp_path / "mine.txt").exists() and (tmp_path / "memory").exists()
 
 
+def test_plan_of_an_unknown_model_does_not_ask_the_hub_six_times(monkeypatch, capsys):
+    def away(*_, **__):
+        raise ConnectionError
+
+    monkeypatch.setattr(bench, "HfApi", lambda: Namespace(model_info=away))
+    monkeypatch.setattr(bench, "hf_hub_download", lambda *_: pytest.fail("a download tries for half a minute"))
+    line = refusal(lambda: bench.config_of("nobody/none", "vae"), capsys)
+    assert "no vae/config.json, here or on the hub (ConnectionError)" in line
+
+
 def test_plan_of_a_stage_is_the_sum_of_its_parts(monkeypatch, capsys):
     """By hand, from what a network needs at its peak (1,000 bytes, say), keeps (10) and computes (5)."""
     monkeypatch.setattr(bench, "watch", lambda *_: (1000, 10, 5))
@@ -1864,6 +1874,12 @@ def test_corrupt_foreign_or_missing_lora_is_one_line(tmp_path, capsys):
     assert "args.json: cannot be read" in refusal(lambda: evaluate.main(evaluate.arguments(ask)), capsys)
 
 
+def test_lora_that_cannot_be_written_to_is_refused_before_work(monkeypatch, capsys):
+    monkeypatch.setattr(evaluate.os, "access", lambda *_: False)
+    cat = Path(EMOJI) / "loras" / "cat"
+    assert "cannot be written to" in refusal(lambda: evaluate.check_loras(dict(a=cat), EMOJI), capsys)
+
+
 def test_jobs_have_their_seeds_and_guidance(tmp_path):
     args = evaluate.arguments(["--model", EMOJI, "--lora", "x", "--out", str(tmp_path)])
     vars(args).update(weights="", size=64, dtype=torch.float32, sample_batch=4)
@@ -1908,9 +1924,10 @@ def test_matrix_rows_are_what_the_pictures_were_asked_for(monkeypatch):
     row = dict(name="r", sets=dict(target=dict(n=2, shows=[["a cat"]] * 2),
                                    preserved=dict(n=2, shows=[["a dog"], ["a fox"]])))
     jobs = {("r", name, when): name for name in seen for when in ("before", "after")}
-    before, _ = evaluate.make_matrices(row, jobs, "", None)
+    before, _ = evaluate.make_matrices(row, jobs, "judge, clip@1", None, 0)
     assert before["asked"] == before["named"] == ["a cat", "a dog", "a fox"]
     assert before["percent"] == [[50, 50, 0], [0, 100, 0], [0, 0, 100]]
+    assert (before["network"], before["seed"], before["n"]) == ("clip@1", 0, [2, 1, 1])
 
 
 def test_one_lora_at_a_time(monkeypatch):

@@ -38,14 +38,16 @@ def arguments(given=None):
     method = parser.add_argument_group("method (default: Table 6, by the concept's task)")
     method.add_argument("--eta", type=number(), help="forget strength, Eq. 13")
     method.add_argument("--gamma", type=number(), help="sharpness of the gate, Eq. 14")
-    method.add_argument("--tau", type=number(least=-math.inf, finite=False), help="margin; inf: no gate")
+    method.add_argument("--tau", type=number(least=-math.inf, finite=False),
+                        help="margin, Eq. 14; inf: no gate")
     method.add_argument("--beta", type=number(), default=1.0, help="Eq. 15, apart from eta (default 1)")
     method.add_argument("--lambda-prior", type=number(strict=False), help="weight of Eq. 16")
     method.add_argument("--loss", choices=["inpo", "ga"], default="inpo",
                         help="ga: gradient ascent, Eq. 4 (default inpo)")
     method.add_argument("--mask", choices=["concept", "full"], default="concept",
-                        help="full: M = 1 (default concept)")
-    method.add_argument("--detach-gate", action="store_true", help="do not differentiate through alpha")
+                        help="full: M = 1 in Eq. 11 (default concept)")
+    method.add_argument("--detach-gate", action="store_true",
+                        help="no gradient through alpha, against Eq. 18")
     recipe = parser.add_argument_group("training")
     recipe.add_argument("--steps", type=number(int), help="T (Table 6, times the number of concepts)")
     recipe.add_argument("--optimizer", choices=["prodigy", "adamw"], default="prodigy", help="(prodigy)")
