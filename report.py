@@ -317,7 +317,7 @@ def html_text(report):
     sections = [(suite_title(suite), suite_html(report, suite)) for suite in report["suites"]] + [
         ("Before and after", "".join(map(grid_html, report["grids"]))),
         ("What became of each concept", heats and '<p class="note">Percent of "yes": a row is what the model '
-         f"was asked for, a column what the judge was asked about ({escape('; '.join(judges))}).</p>" + heats),
+         f"was asked for, a column what the judge was asked about ({escape('; '.join(judges))}).</p>{heats}"),
         ("Training", curves),
         ("Cost", cost and table("Cost", ["LoRA", "seconds", "peak, GiB", "forward passes"], cost)),
         ("Prompts dropped before anything was drawn", words and table(
