@@ -482,6 +482,7 @@ def main(args):
         evaluate(args, lines)
 
 def evaluate(args, lines):
+    """All of it; what --list prints goes to the open file lines."""
     everything = "all" in args.suite
     args.suite = [suite for suite in SUITES if suite in args.suite or everything]
     args.lora = args.lora or args.compare

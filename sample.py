@@ -284,8 +284,10 @@ def load_concepts(args):
     if prompts and (images or len(args.concept) > 1):
         die(f"--prompts {prompts}: are those of one --concept, without --images")
     if images:
-        if not (task and preserve) or len(args.concept) > 1:
-            die(f"--images {images}: needs one --concept, --task and --preserve")
+        missing = [f"--{key}" for key in ("task", "preserve") if not getattr(args, key)]
+        if missing or len(args.concept) > 1:
+            die(f"--images {images}: needs one --concept, --task and --preserve" +
+                f"; {' and '.join(missing)} is missing" * bool(missing))
         name, = args.concept
         pictures = own_pictures(args)
         captions = [caption for _, caption in pictures]
@@ -534,9 +536,9 @@ def save_image(image, path):
     with whole(path) as half:
         image.save(half, format="PNG")
 
-def open_or_none(path):
-    """A picture as RGB, a mask as L: turned by EXIF, on white, 16 bits as 8, an animation's first; None for
-    one that cannot be read."""
+def read_image(path):
+    """A picture as RGB, a mask as L: turned by EXIF, on white, 16 bits as 8, an animation's first; OSError
+    for one that cannot be read, with PIL's name for why."""
     try:
         with Image.open(path) as image:
             image = ImageOps.exif_transpose(image)
@@ -546,16 +548,22 @@ def open_or_none(path):
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return image.convert("L" if str(path).endswith(".mask.png") else "RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # PIL has many names for it
-        return None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise OSError(f"cannot be read ({type(error).__name__})") from error
+
+def open_or_none(path):
+    with contextlib.suppress(OSError):
+        return read_image(path)
 
 def open_image(path, size=None, instead="delete it and run the same command again", code=1):
-    """The same; one that cannot be read, or is of another (width, height), is named."""
-    image = open_or_none(path)
-    if image and image.size == (size or image.size):
-        return image
-    why = f"is {image.size}, not {size}" if image else "cannot be read"
-    die(f"{path}: {why}; {instead}", code)
+    """One that cannot be read, or is of another (width, height), is named."""
+    try:
+        image = read_image(path)
+    except OSError as error:
+        die(f"{path}: {error}; {instead}", code)
+    if image.size != (size or image.size):
+        die(f"{path}: is {image.size}, not {size}; {instead}", code)
+    return image
 
 def contact_sheet(images, path, columns=10, side=96, titles=()):
     """Images, row by row, as one picture; titles name the rows."""

@@ -1122,11 +1122,11 @@ def test_a_mask_of_your_own_that_comes_later_is_not_ignored(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("case, named", [
-    ("no caption", "has no caption"), ("empty caption", "has no caption"), ("no task", "needs one --concept"),
-    ("no preserve", "needs one --concept"),
+    ("no caption", "has no caption"), ("empty caption", "has no caption"), ("no task", "--task is missing"),
+    ("no preserve", "--preserve is missing"),
     ("empty file", "cannot be read"), ("no pictures", "holds no picture"), ("mask size", "not (64, 64)"),
     ("black mask", "all black"), ("white mask", "all white"), ("three pictures", "--batch 4"),
-    ("Latin caption", "UTF-8"), ("pixel bomb", "cannot be read"),
+    ("Latin caption", "UTF-8"), ("pixel bomb", "DecompressionBombError"),
     ("two concepts", "needs one --concept")])
 def test_your_own_pictures_are_refused_in_one_line(tmp_path, capsys, monkeypatch, case, named):
     mine = tmp_path / "mine"
