@@ -46,9 +46,13 @@ SMALL = ("--n-forget 10 --n-preserve 2 --sample-steps 2 --steps 12 --checkpoint-
 WEIGHTS = "pytorch_lora_weights.safetensors"
 
 
-def run_train(out, *more, concept="cat"):
+def run_train(out, *more, concept="cat", pictures=False):
+    """train.py on emoji-flux; before_after.png, a fourth of so small a run's time, only if asked for."""
     given = ["--model", EMOJI, "--concept", concept, "--out", str(out), *SMALL, *more]
-    train.guarded(train.main, train.arguments(given))
+    with pytest.MonkeyPatch.context() as patch:
+        if not pictures:
+            patch.setattr(train, "draw_before_after", lambda *_: None)
+        train.guarded(train.main, train.arguments(given))
 
 
 def drawn_cats(out, preserve=None):
@@ -75,7 +79,7 @@ def refusal(call, capsys, code=2):
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
     out = drawn_cats(tmp_path_factory.mktemp("run") / "cat")
-    run_train(out, "--save-every", "6")
+    run_train(out, "--save-every", "6", pictures=True)
     return out
 
 
@@ -712,7 +716,7 @@ def die_in(function, time, out):
         return whole(*given, **more)
 
     setattr(owner, name, dying)
-    run_train(Path(out), "--save-every", "6")
+    run_train(Path(out), "--save-every", "6", pictures=True)
 
 
 def check_restart(uninterrupted, out, function, time):
