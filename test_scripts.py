@@ -1,6 +1,6 @@
 """The scripts, run on emoji-flux: what they leave, what they refuse, how they go on after a kill.
 
-    pytest test_scripts.py          some four minutes on two cores
+    pytest test_scripts.py          some three minutes on two cores
 """
 import gc
 import json
