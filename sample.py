@@ -552,11 +552,12 @@ def read_image(path):
         raise OSError(f"cannot be read ({type(error).__name__})") from error
 
 def open_or_none(path):
+    """read_image's picture; None for one that cannot be read."""
     with contextlib.suppress(OSError):
         return read_image(path)
 
 def open_image(path, size=None, instead="delete it and run the same command again", code=1):
-    """One that cannot be read, or is of another (width, height), is named."""
+    """read_image's picture; one that cannot be read, or of another (width, height), is named in an exit."""
     try:
         image = read_image(path)
     except OSError as error:
