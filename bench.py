@@ -116,11 +116,10 @@ class Peak(TorchDispatchMode):
 
 def watch(network, work, dtype):
     """work(network) on a network without memory -> bytes at the peak, bytes kept after it, FLOP."""
+    for p in network.parameters():
+        p.data = p.data.to(torch.float32 if p.requires_grad else dtype)  # a LoRA stays float32
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu"):
-        for module in network.modules():
-            for name, p in list(module.named_parameters(recurse=False)):  # a LoRA stays float32
-                empty = torch.empty(p.shape, dtype=torch.float32 if p.requires_grad else dtype)
-                module._parameters[name] = torch.nn.Parameter(empty, requires_grad=p.requires_grad)
+        network.to_empty(device="cpu")
         with Peak(network) as peak, FlopCounterMode(display=False) as flops:
             graph = work(network)
             kept = peak.live
@@ -336,7 +335,7 @@ def measure_step(args, rounds=20):
         loss = (2 * torch.sigmoid(-3 * (dS - 0.1)) * torch.nn.functional.softplus(-dS)).mean()
         (loss + 0.6 * (v[half:] - v_ref[half:]).square().mean()).backward()
 
-    seconds, peaks = dict(ours=[], bare=[]), dict(ours=[], bare=[])
+    took = dict(ours=[], bare=[])
     for step in tqdm(range(rounds), desc="interleaved steps"):
         for work, (transformer, params, optimizer) in zip((ours, bare), sides):
             gc.collect()
@@ -345,12 +344,10 @@ def measure_step(args, rounds=20):
                 work(transformer, params, step)
                 optimizer.step()
                 optimizer.zero_grad()
-            seconds[work.__name__].append(time.perf_counter() - start)
-            peaks[work.__name__].append(peak[1] - peak[0])
-    for what, found, unit in (("time", seconds, 1e-3), ("memory above idle", peaks, 2**20)):
-        mine, other = (sorted(found[name])[rounds // 2] / unit for name in ("ours", "bare"))
-        print(f"{what}: train.py {mine:.0f}, bare loop {other:.0f} {'ms' if unit < 1 else 'MiB'}, "
-              f"ratio {mine / other:.3f}")
+            took[work.__name__].append((1e3 * (time.perf_counter() - start), (peak[1] - peak[0]) / 2**20))
+    mine, other = (torch.tensor(rows).median(0).values.tolist() for rows in took.values())
+    for what, a, b, unit in zip(("time", "memory above idle"), mine, other, ("ms", "MiB")):
+        print(f"{what}: train.py {a:.0f}, bare loop {b:.0f} {unit}, ratio {a / b:.3f}")
 
 def proof(args):
     """FLUX.1-dev's transformer, 11.9 B random int8 weights, two steps by train.py's own loss function."""
