@@ -51,7 +51,7 @@ from torchvision.ops import box_convert, box_iou, generalized_box_iou_loss  # no
 from torchvision.transforms.functional import gaussian_blur  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 from transformers import (  # noqa: E402
-    AutoProcessor, AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextConfig, CLIPTextModel,
+    AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextConfig, CLIPTextModel,
     CLIPTokenizer, CLIPVisionConfig, Owlv2Config, Owlv2ForObjectDetection, Owlv2ImageProcessor,
     Owlv2Processor, Owlv2TextConfig, Owlv2VisionConfig, T5Config, T5EncoderModel, T5Tokenizer)
 
@@ -61,6 +61,7 @@ import world  # noqa: E402
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # the repository's own scripts
 from mask import build_sam, load_detector, load_sam  # noqa: E402
+from metrics import clip_judge  # noqa: E402
 from sample import guarded, whole  # noqa: E402
 
 def bf16_is_fast():
@@ -552,15 +553,9 @@ def train_flow(args, stage="flow"):
         transformer=["diffusers", "FluxTransformer2DModel"], vae=["diffusers", "AutoencoderKL"])
     (HERE / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
-def margins(images, phrases):
-    """The judge's logit for each phrase over "a picture": images N x phrases K -> (N, K)."""
-    processor, clip = AutoProcessor.from_pretrained(HERE / "clip"), read(CLIPModel, "clip")
-    texts = [f"a picture of {p}" for p in phrases] + ["a picture"]
-    inputs = processor(text=texts, images=[Image.fromarray(np.asarray(i)) for i in images],
-                       padding="max_length", truncation=True, return_tensors="pt")
-    with torch.no_grad():
-        logits = clip(**inputs).logits_per_image  # (N, K + 1)
-    return (logits[:, :-1] - logits[:, -1:]).numpy()
+def judged(images):
+    """The judge's yes or no to every question -> bool (N, 69)."""
+    return np.stack(clip_judge(HERE / "clip", "cpu")(images, [QUESTIONS] * len(images)))
 
 def percent(yes):
     return f"{100 * np.mean(yes):.1f} %"
@@ -577,14 +572,14 @@ def report_networks(rng, n=2000):
     rows = [("VAE reconstruction, PSNR", f"{psnr.mean():.1f} dB", ">= 30 dB", len(scenes))]
 
     truth = np.stack([answers(s) for s in scenes])[IS_THING] > 0  # (n, 57)
-    said = margins([s["image"] for s in scenes], QUESTIONS)[IS_THING] > 0  # (n, 57)
+    said = judged([s["image"] for s in scenes])[IS_THING]  # (n, 57)
     rows += [("judge: misses", percent(~said[truth]), "<= 3 %", truth.sum()),
              ("judge: false alarms", f"{100 * said[~truth].mean():.2f} %", "<= 3 %", (~truth).sum())]
     half = [world.draw(rng, *(s[k] for k in ("names", "style", "background", "framed")), 0.5)["image"]
             for s in scenes]
     for how, images in {"at half opacity": half, "blurred by a pixel": to_images(gaussian_blur(x, 5, [1.0])),
                         "through the VAE": to_images(y)}.items():
-        yes = margins(images, QUESTIONS)[IS_THING][truth] > 0
+        yes = judged(images)[IS_THING][truth]
         rows.append((f"judge: still yes {how}", percent(yes), ">= 90 %", truth.sum()))
 
     predictor = SamPredictor(load_sam(torch.load(HERE / "sam.pth", weights_only=True)))
@@ -617,7 +612,7 @@ def report_pipeline(rng, n, dtype):
             noise = [torch.Generator().manual_seed(10**6 + k + j) for j in range(len(batch))]
             images += pipe(batch, num_inference_steps=28, guidance_scale=3.5, height=64, width=64,
                            generator=noise, max_sequence_length=pipe.tokenizer_2.model_max_length).images
-        yes = margins(images, QUESTIONS) > 0  # (N, 69)
+        yes = judged(images)  # (N, 69)
         truth = np.stack([answers(s) for s in scenes]) > 0  # (N, 69)
         return yes[IS_THING][truth[IS_THING]].reshape(len(scenes), -1), yes[IS_STYLE][truth[IS_STYLE]]
 
