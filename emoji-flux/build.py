@@ -57,7 +57,6 @@ from transformers import (  # noqa: E402
 
 import world  # noqa: E402
 
-
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # the repository's own scripts
 from mask import build_sam, load_detector, load_sam  # noqa: E402
@@ -527,21 +526,16 @@ def train_flow(args, stage="flow"):
     if args.go_on or stage == "guide":
         for name, module in flow.named_children():
             known_weights(module, name)
+    if stage == "flow" and not (args.work / "flow.pt").exists():  # new weights: what was distilled is old
+        (args.work / "guide.pt").unlink(missing_ok=True)
     if stage == "guide":  # the teacher stays as it was when the stage began: its own average made it decay
         fit.teacher = copy.deepcopy(flow).eval().requires_grad_(False)
-        known = args.work / "teacher.pt"  # save_flow writes over the weights that it was read from
-        if known.exists():
-            fit.teacher.load_state_dict(torch.load(known))
-        else:
-            save_whole(fit.teacher.state_dict(), known)
-    if stage == "flow" and not (args.work / "flow.pt").exists():  # new weights: what was distilled is old
-        for name in ("teacher.pt", "guide.pt"):
-            (args.work / name).unlink(missing_ok=True)
-    loss, steps, lr = dict(flow=(flow_loss, 20_000, 3e-3), guide=(guide_loss, 1500, 1e-3))[stage]
+    # guide takes minutes and is written when it is whole: a restart finds its teacher where it was
+    loss, steps, lr, save = dict(flow=(flow_loss, 20_000, 3e-3, save_flow),
+                                 guide=(guide_loss, 1500, 1e-3, None))[stage]
     with sdpa_kernel(SDPBackend.MATH):  # for heads this small flash attention's backward is 40 % of a step
-        flow = fit(stage, flow, loss, args.steps or steps, args, args.lr or lr, ema=0.998, save=save_flow)
+        flow = fit(stage, flow, loss, args.steps or steps, args, args.lr or lr, ema=0.998, save=save)
     save_flow(flow)
-    (args.work / "teacher.pt").unlink(missing_ok=True)  # the next one is what has just been learned
     # what FluxPipeline.from_pretrained needs beside the weights
     FlowMatchEulerDiscreteScheduler(
         shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=256,
