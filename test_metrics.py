@@ -24,9 +24,8 @@ import pytest
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPVisionConfig,
-                          LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor,
-                          PreTrainedTokenizerFast)
+from transformers import (CLIPImageProcessor, CLIPModel, CLIPVisionConfig, LlamaConfig, LlavaConfig,
+                          LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast)
 
 import metrics
 import promptsets
@@ -212,24 +211,6 @@ def test_confusion_has_a_row_a_group_and_a_column_a_name():
 
 # ---------------------------------------------------------------------------------------- CLIP, judges
 
-@pytest.fixture
-def tiny_clip(tmp_path):
-    """A CLIP of random weights whose scale is not 100, in a folder."""
-    words = "<pad> <start> <end> <unk> a picture of cat dog".split()
-    tokens = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    tokens.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokens, unk_token="<unk>", pad_token="<pad>",
-                                        eos_token="<end>")
-    pixels = CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
-    CLIPProcessor(pixels, tokenizer).save_pretrained(tmp_path)
-    torch.manual_seed(0)
-    size = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
-    text = dict(vocab_size=len(words), max_position_embeddings=8, eos_token_id=2, pad_token_id=0)
-    CLIPModel(CLIPConfig(text_config=size | text, vision_config=size | dict(image_size=28, patch_size=14),
-                         projection_dim=8, logit_scale_init_value=1.5)).save_pretrained(tmp_path)
-    return str(tmp_path)
-
-
 def logits(folder, images, texts):
     """transformers' own logits_per_image (N, M), and the model's scale."""
     model = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
@@ -241,29 +222,20 @@ def logits(folder, images, texts):
     return out.logits_per_image.numpy(), model.logit_scale.exp().item()
 
 
-def test_clip_score_is_transformers_logits_over_the_scale():
-    images = [scene("cat"), scene("dog"), scene("cat")]
+def test_pick_score_is_transformers_logits_and_clip_score_is_that_over_the_scale():
+    images = [scene("cat"), scene("dog"), noise(40, 50)]
     texts = ["a picture of a cat", "a picture of a dog", "a picture of a cat " * 9]
     wanted, scale = logits(CLIP, images, texts)
     found = metrics.load_clip_score(CLIP, "cpu")(images, texts)
     np.testing.assert_allclose(found, 100 * wanted.diagonal() / scale, rtol=1e-4, atol=1e-3)
-    assert found.dtype == np.float64 and found.shape == (3,)
-
-
-def test_pick_score_is_the_models_own_logits(tiny_clip):
-    images = [noise(40, 50, seed=i) for i in range(3)]
-    texts = ["a cat <end>", "a picture of a dog <end>", "a picture of a cat <end>"]
-    wanted, scale = logits(tiny_clip, images, texts)
-    own_scale = metrics.load_clip_score(tiny_clip, "cpu", scale=None)
-    np.testing.assert_allclose(own_scale(images, texts), wanted.diagonal(), rtol=1e-4)
-    np.testing.assert_allclose(metrics.load_clip_score(tiny_clip, "cpu")(images, texts),
-                               100 * wanted.diagonal() / scale, rtol=1e-4)
-    assert scale == pytest.approx(math.exp(1.5))
+    assert found.dtype == np.float64 and found.shape == (3,) and abs(scale - 100) > 10
+    own_scale = metrics.load_clip_score(CLIP, "cpu", scale=None)  # PickScore
+    np.testing.assert_allclose(own_scale(images, texts), wanted.diagonal(), rtol=1e-4, atol=1e-3)
     with pytest.raises(ValueError):
         own_scale(images, texts[:1])
 
 
-def test_features_of_the_judge_are_its_unit_embeddings(tiny_clip):
+def test_features_of_the_judge_are_its_unit_embeddings():
     images = [scene("cat", seed=i) for i in range(metrics.BATCH + 2)]  # more than a batch
     found = metrics.clip_features(CLIP, "cpu")(images)
     model = CLIPModel.from_pretrained(CLIP, dtype=torch.float32).eval()
