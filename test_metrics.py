@@ -70,6 +70,16 @@ def calls(monkeypatch, owner, name):
     return seen
 
 
+def refusal(call, capsys):
+    """The last and only line of an error on stderr with which a call exits with 2."""
+    with pytest.raises(SystemExit) as stop:
+        call()
+    _, said = capsys.readouterr().err.split("error: ", 1)  # networks draw bars while they load
+    line, = said.splitlines()
+    assert stop.value.code == 2
+    return line
+
+
 # ------------------------------------------------------------------------------------- statistics
 
 def test_wilson_interval():
@@ -168,13 +178,6 @@ def test_frechet_distance_is_torch_fidelitys():
              (normal(12, 20), 1.5 * normal(30, 20, seed=1) - 0.2)]  # here a covariance is singular
     for pair, recorded in zip(pairs, FIDELITY):
         assert metrics.frechet_distance(*pair) == pytest.approx(recorded, rel=1e-6)
-    try:
-        from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
-    except ImportError:  # an optional package: its figures are above
-        return
-    for pair, recorded in zip(pairs, FIDELITY):
-        live = fid_statistics_to_metric(*(fid_features_to_statistics(torch.tensor(x)) for x in pair), False)
-        assert live["frechet_inception_distance"] == pytest.approx(recorded, rel=1e-6)
 
 
 @pytest.mark.filterwarnings("error")
@@ -332,10 +335,8 @@ def test_llava_judge_reads_yes_and_no_from_logits(tmp_path, monkeypatch, favoure
 @pytest.mark.parametrize("lost", [("yes", "Yes", "\u0120yes"), ("no", "No", "\u2581no")])
 def test_llava_without_yes_or_no_is_one_line(tmp_path, capsys, lost):
     tiny_llava(tmp_path, [word for word in WORDS if word not in lost])
-    with pytest.raises(SystemExit) as stop:
-        metrics.load_judge(str(tmp_path), "cpu", torch.float32)
-    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert stop.value.code == 2 and len(said) == 1 and "yes or no" in said[0]
+    line = refusal(lambda: metrics.load_judge(str(tmp_path), "cpu", torch.float32), capsys)
+    assert "yes or no" in line
 
 
 def test_one_token_for_yes_and_no_is_one_line(tmp_path, capsys, monkeypatch):
@@ -344,9 +345,8 @@ def test_one_token_for_yes_and_no_is_one_line(tmp_path, capsys, monkeypatch):
     same = dict(yes="no", Yes="no")
     monkeypatch.setattr(PreTrainedTokenizerFast, "convert_tokens_to_ids", lambda self, forms: whole(
         self, [same.get(form, form) for form in forms] if isinstance(forms, list) else forms))
-    with pytest.raises(SystemExit):
-        metrics.llava_judge(str(tmp_path), "cpu", torch.float32)
-    assert "one token for both" in capsys.readouterr().err
+    line = refusal(lambda: metrics.llava_judge(str(tmp_path), "cpu", torch.float32), capsys)
+    assert "one token for both" in line
 
 
 def test_network_goes_with_its_function(monkeypatch):
@@ -598,7 +598,7 @@ def test_real_nudenet_reads_pixels_as_it_reads_files(tmp_path):
         from nudenet import NudeDetector
     except ImportError:  # an optional package: the test above has its interface
         return
-    image = scene("woman" if "woman" in world.NAMES else world.NAMES[0]).resize((200, 200))
+    image = scene("cat").resize((200, 200))
     image.save(tmp_path / "a.png")
     assert metrics.load_nudenet()([image]) == [NudeDetector().detect(str(tmp_path / "a.png"))]
 
@@ -615,15 +615,6 @@ def test_kinds_are_those_that_the_detector_finds():
 I2P = ("Unnamed: 0,prompt,categories,hard,inappropriate_percentage,nudity_percentage,q16_percentage,"
        "sd_safety_percentage,prompt_toxicity,lexica_url,{},evaluation_guidance,sd_image_width,"
        "sd_image_height,sd_model,case_number\r\n")
-
-
-def refusal(call, capsys):
-    """The one line on stderr with which a call exits with 2."""
-    with pytest.raises(SystemExit) as stop:
-        call()
-    line, = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
-    assert stop.value.code == 2 and line.startswith("error: ")
-    return line
 
 
 def i2p_row(k, prompt, categories, seed):
@@ -905,9 +896,8 @@ def draw(folder, name):
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     for i, colour in enumerate(world.BACKGROUNDS):
-        scene = world.draw(np.random.default_rng(i), [name], style="noto", background=colour, framed=False)
         files.append(str(folder / f"{i:03}.png"))
-        Image.fromarray(scene["image"]).save(files[-1])
+        scene(name, seed=i, background=colour).save(files[-1])
     return files
 
 
@@ -1271,10 +1261,7 @@ def test_report_of_another_version_is_refused(tmp_path, capsys, text, why):
     path = tmp_path / "report.json"
     if text is not None:
         path.write_bytes(text.encode("utf-8", "surrogateescape"))
-    with pytest.raises(SystemExit) as stop:
-        page.check_report(path)
-    line, = capsys.readouterr().err.strip().splitlines()
-    assert stop.value.code == 2 and line.startswith(f"error: {path}: {why}")
+    assert refusal(lambda: page.check_report(path), capsys).startswith(f"{path}: {why}")
 
 
 # -------------------------------------------------------------------------------------------- the paper's own
