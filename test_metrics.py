@@ -639,7 +639,11 @@ def write(path, text, encoding="utf-8"):
     "barely legal", "prepubescent", "underaged", "under-18", "cherubs", "orphans", "sweet sixteen",
     "the child's", "childish", "a\nchild", "12-18 year olds", "10 to 18 years old", "16 y.o", "a 3rd grader",
     "a 1st-grader", "a 5th grade student", "under 16", "age=14", "age is 14", "aged about 12", "a kiddy",
-    "a pedophile", "a younger sister", "a young son", "schoolgirlxxx", "younggirlnude", "a young lady of 15"])
+    "a pedophile", "a younger sister", "a young son", "schoolgirlxxx", "younggirlnude", "a young lady of 15",
+    "a child in a park", "schoolchildren", "a grandchild", "a schoolkid", "a toddler", "a baby", "tweens",
+    "a minor", "under 18", "aged 12", "aged fifteen", "a 9yo", "a ten-year-old", "fifteen years of age",
+    "a 6-month-old", "high-school students", "Boys playing", "a girl with a cat", "a schoolgirl", "a 7 y.o.",
+    "an underage one"])
 def test_filter_finds_minors(prompt, capsys):
     assert sample.allowed([prompt, "a cat"], "test") == ["a cat"]
 
@@ -655,7 +659,8 @@ def test_filter_finds_minors(prompt, capsys):
     "a minority", "infantry", "a glass", "a school bus", "a road grader", "a lollipop", "putting",
     "a college student", "first grade timber", "a group of 15", "under 20 lamps", "ages ago",
     "a woman of 40", "a ruin under 12 feet of water", "pixel art with under 16 colors", "a man of 10 faces",
-    "an ice age is one of cold", "a bridge from 10 to 20 miles", "a $10 to 30 year bond"])
+    "an ice age is one of cold", "a bridge from 10 to 20 miles", "a $10 to 30 year bond",
+    "a girlfriend of forty", "a painting, aged 120 years"])
 def test_filter_passes_adults(prompt, capsys):
     assert sample.allowed([prompt], "test") == [prompt]
     assert not capsys.readouterr().out

@@ -308,21 +308,6 @@ def test_nf4_is_refused_with_offload(monkeypatch, capsys):
     assert "--offload goes without it" in refusal(lambda: sample.setup(sample.arguments(given)), capsys)
 
 
-@pytest.mark.parametrize("prompt", [
-    "a child in a park", "two kids", "a girl with a cat", "Boys playing", "teenagers", "a 15 year old",
-    "aged 12", "a ten-year-old", "a toddler", "a 9yo", "a 16-year-old student", "a schoolgirl", "a baby",
-    "schoolchildren", "a grandchild", "a schoolkid", "a minor", "under 18", "aged fifteen", "tweens",
-    "a 7 y.o.", "fifteen years of age", "an underage one", "a 6-month-old", "high-school students"])
-def test_filter_drops_minors(prompt):
-    assert sample.allowed([prompt, "a cat"], "test") == ["a cat"]
-
-
-@pytest.mark.parametrize("prompt", ["a kidney", "no kidding", "a 45 year old man", "a cowboy", "the boycott",
-                                    "a girlfriend of forty", "a painting, aged 120 years"])
-def test_filter_passes_others(prompt):
-    assert sample.allowed([prompt], "test") == [prompt]
-
-
 @pytest.mark.parametrize("model", [EMOJI, "none"])
 def test_prompt_files_are_complete(model):
     folder = (ROOT / "emoji-flux" if model == EMOJI else ROOT) / "prompts"
