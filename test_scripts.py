@@ -840,29 +840,40 @@ def test_images_and_masks_of_other_settings_are_refused_and_nothing_is_written(t
         assert (out / "args.json").read_bytes() == record
 
 
-def test_split_batch_and_checkpointing_have_the_same_gradient(trained):
-    args = train.arguments(["--model", EMOJI, "--concept", "cat", "--out", str(trained), *SMALL])
-    concept, = sample.setup(args)
-    vars(args).update(train.TABLE6["object"])
-    files = [trained / "forget" / "cat" / f"{i:03}.png" for i in range(5)]
-    embeds = sample.encode_prompts(EMOJI, ["a cat"], "cpu", torch.float32)
-    pipe = sample.load_denoiser(flags())
-    x, _ = train.encode_images(pipe.vae, files, 64)
-    forget, preserve = (x, torch.ones_like(x), ["a cat"] * 5), (x, ["a cat"] * 5)
-    train.add_lora(pipe.transformer, 4, seed=0)
-    for p in pipe.transformer.parameters():  # away from dS = 0
-        if p.requires_grad:
-            torch.nn.init.normal_(p, std=0.05, generator=torch.Generator().manual_seed(p.numel()))
+# what train.iteration takes from the arguments
+RECIPE = train.TABLE6["object"] | dict(loss="inpo", beta=1.0, detach_gate=False, guidance=1.0)
+
+
+def perturb(transformer, std=0.05):
+    """As if trained, away from dS = 0 -> the LoRA's parameters."""
+    lora = [p for p in transformer.parameters() if p.requires_grad]
+    for p in lora:
+        torch.nn.init.normal_(p, std=std, generator=torch.Generator().manual_seed(p.numel()))
+    return lora
+
+
+def random_data(transformer, n):
+    """Latents (N, L, D), and embeddings of the one prompt, an empty one."""
+    rng, config = torch.Generator().manual_seed(0), transformer.config
+    shapes = (20, config.joint_attention_dim), (config.pooled_projection_dim,)
+    embeds = {"": [torch.randn(shape, generator=rng) for shape in shapes]}
+    return torch.randn(n, 64, 64, generator=rng), embeds
+
+
+def test_split_batch_and_checkpointing_have_the_same_gradient():
+    args = Namespace(**RECIPE, batch=4, seed=0, noise="uniform", device="cpu")
+    transformer = tuned()
+    lora, (x, embeds) = perturb(transformer), random_data(transformer, 5)
+    forget, preserve = (x, torch.ones_like(x), [""] * 5), (x, [""] * 5)
     gradients = []
     for args.accumulate in (1, 2, 4, 1):
         if len(gradients) == 3:  # what is recomputed must see the adapters that were on
-            pipe.transformer.enable_gradient_checkpointing()
+            transformer.enable_gradient_checkpointing()
         for part in train.batch_of(0, forget, preserve, embeds, args):
-            (train.iteration(pipe.transformer, *part, args)[0] / args.accumulate).backward()
-        lora = [p for p in pipe.transformer.parameters() if p.requires_grad]
+            (train.iteration(transformer, *part, args)[0] / args.accumulate).backward()
         gradients.append(torch.cat([p.grad.flatten() for p in lora]))
-        pipe.transformer.zero_grad()
-    assert gradients[0].norm() > 0 and concept["task"] == "object"
+        transformer.zero_grad()
+    assert gradients[0].norm() > 0
     for g in gradients[1:3]:
         torch.testing.assert_close(g, gradients[0], rtol=1e-3, atol=1e-6)
     assert torch.equal(gradients[3], gradients[0])  # what is recomputed has the same bits
@@ -931,18 +942,12 @@ def test_images_and_masks_are_packed_onto_the_same_cells(tmp_path):
     assert all(np.array_equal(channel, cells) for channel in found[1][0])
 
 
-def predictions(transformer, state):
-    """What one iteration gives at a fixed LoRA: loss and gradient."""
-    given = ["--model", EMOJI, "--concept", "cat"]
-    args = Namespace(**vars(train.arguments(given)) | train.TABLE6["object"])
-    rng = torch.Generator().manual_seed(0)
-    x, eps = (torch.randn(4, 64, 64, generator=rng) for _ in "xe")  # (2B, L, D)
-    for p in (lora := [p for p in transformer.parameters() if p.requires_grad]):
-        torch.nn.init.normal_(p, std=state, generator=torch.Generator().manual_seed(p.numel()))
-    loss, info = train.iteration(transformer, x, torch.ones(2, 64, 64),
-                                 torch.randn(4, 20, transformer.config.joint_attention_dim, generator=rng),
-                                 torch.randn(4, transformer.config.pooled_projection_dim, generator=rng),
-                                 torch.full((4,), 0.5), eps, args)
+def predictions(transformer, std, dtype=torch.float32):
+    """What one iteration gives at a fixed LoRA: loss, dS and gradient."""
+    lora, (x, embeds) = perturb(transformer, std), random_data(transformer, 8)
+    texts = [e.expand(4, *e.shape).to(dtype) for e in embeds[""]]  # (2B, T, E), (2B, P)
+    loss, info = train.iteration(transformer, x[:4], torch.ones(2, 64, 64), *texts, torch.full((4,), 0.5),
+                                 x[4:], Namespace(**RECIPE))
     loss.backward()
     return loss.detach(), info["dS"], torch.cat([p.grad.flatten() for p in lora])
 
@@ -1202,11 +1207,8 @@ def loop(out, forget, presets, **more):
     given = ["--model", EMOJI, "--concept", *"ab"[:len(forget)], "--out", str(out), "--batch", "2"]
     args = vars(train.arguments(given)) | dict(device="cpu", dtype=torch.float32, lr=0.7, steps=2) | more
     out.mkdir(exist_ok=True)
-    pipe, rng = sample.load_denoiser(flags()), torch.Generator().manual_seed(0)
-    config = pipe.transformer.config
-    shapes = (20, config.joint_attention_dim), (config.pooled_projection_dim,)
-    embeds = {"": [torch.randn(shape, generator=rng) for shape in shapes]}
-    x = torch.randn(4, 64, 64, generator=rng)  # (N, L, D)
+    pipe = sample.load_denoiser(flags())
+    x, embeds = random_data(pipe.transformer, 4)
     forget = [(x + k, torch.ones_like(x), [""] * 4) for k in forget]
     presets = [Namespace(**args | train.TABLE6["object"] | preset) for preset in presets]
     return train.train(pipe, forget, (x, [""] * 4), embeds, presets, Namespace(**args))
@@ -1295,23 +1297,19 @@ def test_detach_gate_reaches_the_loss(monkeypatch):
     monkeypatch.setattr(train, "inpo_loss", lambda dS, *_, **how: seen.append(how) or dS)
     monkeypatch.setattr(train, "predict", lambda *_: one)
     network = Namespace(disable_adapters=lambda: 0, enable_adapters=lambda: 0)
-    run = Namespace(**train.TABLE6["object"], loss="inpo", beta=1.0, detach_gate=True, guidance=1.0)
+    run = Namespace(**RECIPE | dict(detach_gate=True))
     train.iteration(network, one, one[:1], one, one, torch.ones(2) / 2, one, run)
     assert seen == [dict(detach_gate=True)]
 
 
 def test_saved_lora_is_as_strong_as_the_trained_one(tmp_path):
     def velocity(transformer):
-        rng, config = torch.Generator().manual_seed(0), transformer.config
-        states = torch.randn(1, 20, config.joint_attention_dim, generator=rng)
-        pooled = torch.randn(1, config.pooled_projection_dim, generator=rng)
+        z, embeds = random_data(transformer, 1)
         with torch.no_grad():
-            z = torch.randn(1, 64, 64, generator=rng)
-            return train.predict(transformer, z, torch.ones(1) / 2, states, pooled, 1.0)
+            return train.predict(transformer, z, torch.ones(1) / 2, *(e[None] for e in embeds[""]), 1.0)
 
     network = tuned()
-    for p in (p for p in network.parameters() if p.requires_grad):
-        torch.nn.init.normal_(p, std=0.05, generator=torch.Generator().manual_seed(p.numel()))
+    perturb(network)
     train.save_lora(network, tmp_path)
     pipe = sample.load_denoiser(flags())
     base = velocity(pipe.transformer)
@@ -1323,14 +1321,8 @@ def test_saved_lora_is_as_strong_as_the_trained_one(tmp_path):
 def test_bf16_base_has_a_float32_lora():
     network = tuned(dtype=torch.bfloat16)
     assert {p.dtype for p in network.parameters() if p.requires_grad} == {torch.float32}
-    states = torch.randn(4, 20, network.config.joint_attention_dim).bfloat16()
-    pooled = torch.randn(4, network.config.pooled_projection_dim).bfloat16()
-    run = Namespace(**train.TABLE6["object"], loss="inpo", beta=1.0, detach_gate=False, guidance=1.0)
-    x, eps = torch.randn(2, 4, 64, 64)
-    sigma = torch.ones(4) / 2
-    loss, info = train.iteration(network, x, torch.ones(2, 64, 64), states, pooled, sigma, eps, run)
-    loss.backward()
-    assert info["dS"].dtype == torch.float32 and not info["dS"].any()
+    dS = predictions(network, 0.0, torch.bfloat16)[1]
+    assert dS.dtype == torch.float32 and not dS.any()
 
 
 def test_card_names_the_licence(tmp_path):
