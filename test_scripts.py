@@ -55,13 +55,17 @@ def run_train(out, *more, concept="cat", pictures=False):
         train.guarded(train.main, train.arguments(given))
 
 
+def draw(folder, n, name="cat"):
+    folder.mkdir(parents=True)
+    for i in range(n):
+        scene_image([name], seed=i)[0].save(folder / f"{i:03}.png")
+
+
 def drawn_cats(out, preserve=None):
     """A run's folder whose forget images are drawn cats: what is there is not sampled again."""
     if preserve:
         shutil.copytree(preserve, out / "preserve")
-    (out / "forget" / "cat").mkdir(parents=True)
-    for i in range(10):
-        scene_image(["cat"], seed=i)[0].save(out / "forget" / "cat" / f"{i:03}.png")
+    draw(out / "forget" / "cat", 10)
     return out
 
 
@@ -364,9 +368,12 @@ def test_guidance_is_distilled_into_the_model():
 
 # -------------------------------------------------------------------------------- sampling and masks
 
+SETTINGS = dict(model="m", weights="", seed=0, size=64, sample_steps=3, sample_guidance=3.5, sample_batch=5,
+                dtype=torch.float32, quantize="none")
+
+
 def test_more_images_never_change_the_earlier_ones(tmp_path):
-    args = Namespace(model=EMOJI, weights="", seed=0, size=64, sample_steps=3, sample_guidance=3.5,
-                     sample_batch=5, dtype=torch.float32, quantize="none")
+    args = Namespace(**SETTINGS | dict(model=EMOJI))
     prompts = ["a cat", "a dog on a blue background"]
     embeds = sample.encode_prompts(EMOJI, prompts, "cpu", torch.float32)
     pipe = sample.load_denoiser(flags())
@@ -623,11 +630,8 @@ def test_readme_that_is_no_card_stays(tmp_path, capsys):
 
 
 def test_images_of_other_settings_are_refused(tmp_path, capsys):
-    args = dict(model="m", weights="", seed=0, size=64, sample_steps=3, sample_guidance=3.5, sample_batch=5,
-                dtype=torch.float32, quantize="none")
-
     def check(**more):
-        return sample.check_set(tmp_path, "c", ["a"], 3, Namespace(**args | more))
+        return sample.check_set(tmp_path, "c", ["a"], 3, Namespace(**SETTINGS | more))
 
     sample.keep_settings(tmp_path / "settings.json", check())
     for key, value in dict(dtype=torch.bfloat16, quantize="int8", sample_steps=4, sample_batch=1, weights="x",
@@ -998,9 +1002,7 @@ def test_schnell_has_no_guidance_and_goes_through_the_same_code(tmp_path):
 
 def test_several_concepts_take_turns_and_are_never_preserved(tmp_path, capsys):
     out = drawn_cats(tmp_path / "both")
-    (out / "forget" / "tiger").mkdir()
-    for i in range(10):
-        scene_image(["tiger"], seed=i)[0].save(out / "forget" / "tiger" / f"{i:03}.png")
+    draw(out / "forget" / "tiger", 10, "tiger")
     few = ["--n-preserve", "1", "--batch", "2", "--steps", "4"]
     args = train.arguments(["--model", EMOJI, "--concept", "cat", "tiger", "--out", str(out), *SMALL, *few])
     train.main(args)
@@ -1071,9 +1073,7 @@ def test_your_own_pictures_without_a_prompt_file(tmp_path, capsys):
 
 
 def test_a_mask_of_your_own_that_comes_later_is_not_ignored(tmp_path, capsys):
-    (mine := tmp_path / "mine").mkdir()
-    for i in range(4):
-        scene_image(["cat"], seed=i)[0].save(mine / f"{i}.png")
+    draw(mine := tmp_path / "mine", 4)
     (tmp_path / "keep.txt").write_text("a tiger\na truck\na pizza\n")
     own = ["--images", str(mine), "--task", "object", "--caption", "{}", "--preserve"]
     own += [str(tmp_path / "keep.txt"), "--out", str(tmp_path / "out"), "--model", EMOJI]
@@ -1084,7 +1084,7 @@ def test_a_mask_of_your_own_that_comes_later_is_not_ignored(tmp_path, capsys):
     sample.plan_sets(concepts, args)
     region = np.zeros((64, 64), np.uint8)
     region[:9] = 255
-    Image.fromarray(region).save(mine / "0.mask.png")
+    Image.fromarray(region).save(mine / "000.mask.png")
     assert "own = " in refusal(lambda: sample.plan_sets(concepts, args), capsys)
 
 
@@ -1096,10 +1096,7 @@ def test_a_mask_of_your_own_that_comes_later_is_not_ignored(tmp_path, capsys):
     ("Latin caption", "UTF-8"), ("pixel bomb", "DecompressionBombError"),
     ("two concepts", "needs one --concept")])
 def test_your_own_pictures_are_refused_in_one_line(tmp_path, capsys, monkeypatch, case, named):
-    mine = tmp_path / "mine"
-    mine.mkdir()
-    for i in range(3 if case == "three pictures" else 4):
-        scene_image(["cat"], seed=i)[0].save(mine / f"{i}.png")
+    draw(mine := tmp_path / "mine", 3 if case == "three pictures" else 4)
     (tmp_path / "keep.txt").write_text("a tiger\na truck\na pizza\n")
     own = {"--images": str(mine), "--task": "object", "--caption": "{}",
            "--preserve": str(tmp_path / "keep.txt")}
@@ -1108,16 +1105,16 @@ def test_your_own_pictures_are_refused_in_one_line(tmp_path, capsys, monkeypatch
     if case == "no pictures":
         shutil.rmtree(mine)
     if case == "empty file":
-        (mine / "1.png").write_bytes(b"")
+        (mine / "001.png").write_bytes(b"")
     if case == "empty caption":
-        (mine / "1.txt").write_text(" \n")
+        (mine / "001.txt").write_text(" \n")
     if case == "Latin caption":
-        (mine / "1.txt").write_bytes("ein Käfer".encode("latin-1"))
+        (mine / "001.txt").write_bytes("ein Käfer".encode("latin-1"))
     if case == "pixel bomb":
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     side, value = (32 if case == "mask size" else 64), dict(black=0).get(case.split()[0], 255)
     if "mask" in case:
-        Image.new("L", (side, side), value).save(mine / "1.mask.png")
+        Image.new("L", (side, side), value).save(mine / "001.mask.png")
     more = ["--concept", "cat", "dog"] if case == "two concepts" else []
     given = [part for pair in own.items() for part in pair] + ["--batch", "4", *more]
     assert named in refusal(lambda: run_train(tmp_path / "out", *given), capsys)
@@ -1742,16 +1739,20 @@ def test_nudity_is_counted_by_three_rules(monkeypatch):
                      "Total, every box": [3, 0], "pictures": [1, 0]}
 
 
+def planned(suite, *names):
+    """What a suite asks of emoji-flux without the first of these concepts, or without all: sets, columns."""
+    concepts, own = [sample.load_concept(EMOJI, name) for name in names], EMOJI + "/clip"
+    args = evaluate.arguments(["--lora", "x", "--model", EMOJI, "--clip", own, "--judge", own])
+    words, load = ["a bomb", "a knife"], lambda name: promptsets.load_prompts(name, EMOJI)
+    return promptsets.plan_suite(suite, concepts[0], concepts, load, words, args)
+
+
 @pytest.mark.parametrize("suite, sizes", [
     ("table1", {"target": 100, "other, bird": 100, "other, airplane": 100, "scenes": 100, "preserved": 100}),
     ("table2", {"i2p": 300, "coco": 1000}), ("table4", {"i2p": 300, "coco-500": 500}),
     ("table8", {"target, cat": 100, "target, robot": 100, "scenes": 100}), ("table12", {"rephrased": 120})])
 def test_suites_have_the_sizes_of_their_protocol(suite, sizes):
-    cat, robot = (sample.load_concept(EMOJI, name) for name in ("cat", "robot"))
-    own = EMOJI + "/clip"
-    args = evaluate.arguments(["--lora", "x", "--model", EMOJI, "--clip", own, "--judge", own])
-    sets, columns = promptsets.plan_suite(suite, cat, [cat, robot] if suite == "table8" else [cat],
-                                        lambda name: promptsets.load_prompts(name, EMOJI), ["a bomb"], args)
+    sets, columns = planned(suite, "cat", *["robot"] * (suite == "table8"))
     assert {name: one["n"] for name, one in sets.items()} == sizes
     for column in columns:
         assert [len(said) for said in column["asked"]] == [sizes[name] for name in column["sets"]]
@@ -1874,12 +1875,8 @@ def test_one_lora_at_a_time(monkeypatch):
 
 
 def test_columns_mean_what_they_say():
-    cat, own, words = sample.load_concept(EMOJI, "cat"), EMOJI + "/clip", ["a bomb", "a knife"]
-    args = evaluate.arguments(["--lora", "x", "--model", EMOJI, "--clip", own, "--judge", own])
-
     def plan(suite):
-        sets, columns = promptsets.plan_suite(
-            suite, cat, [cat], lambda name: promptsets.load_prompts(name, EMOJI), words, args)
+        sets, columns = planned(suite, "cat")
         return sets, {column["column"]: column for column in columns}
 
     sets, found = plan("concept")
