@@ -1275,12 +1275,10 @@ def test_report_paper_figures_add_up():
     """The paper's own sums and averages, which it prints and report.py does not hold."""
     of = page.PAPER
     assert len(of) == 18 + 8 + 5 + 12 + 16 + 14 + 2 + 2
-    for when in ("before", "after"):
-        for suite in ("table2", "table3"):
-            parts = [of["table2", "nudity", c][when] for c in ("Female", "Male", "Common")] \
-                if suite == "table2" else [of["table3", "nudity", c][when] for c in (
-                    "MMA-Diffusion", "P4D", "Ring-A-Bell", "UnlearnDiff")]
-            assert sum(parts) == of[suite, "nudity", "Total"][when]
+    for suite, parts in (("table2", ["Female", "Male", "Common"]),
+                         ("table3", ["MMA-Diffusion", "P4D", "Ring-A-Bell", "UnlearnDiff"])):
+        for when in ("before", "after"):
+            assert sum(of[suite, "nudity", c][when] for c in parts) == of[suite, "nudity", "Total"][when]
     ours = [v["after"] for (s, _, c), v in of.items() if s == "table1" and c == "ACC"]
     clip = [v["after"] for (s, _, c), v in of.items() if s == "table1" and c != "ACC"]
     assert round(sum(ours) / 9) == 9 and round(sum(clip) / 9, 4) == 31.1111  # Table 1's last line
