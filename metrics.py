@@ -229,10 +229,7 @@ def image_reward_networks(weights, med):
                      (".norm", ".layer_norm"), ("norm.", "post_layernorm.")):
         seen = {key.replace(old, new): value for key, value in seen.items()}
     vision.load_state_dict(seen)
-    own = {key: med[key] for key in (
-        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-        "max_position_embeddings", "hidden_act", "layer_norm_eps")}
-    text = BlipTextModel(BlipTextConfig(**own, encoder_hidden_size=width), add_pooling_layer=False)
+    text = BlipTextModel(BlipTextConfig(**med | dict(encoder_hidden_size=width)), add_pooling_layer=False)
     text.load_state_dict(read)
     linear = (0, 2, 4, 6, 7)  # between them dropout, and no activation
     head = torch.nn.Sequential(*[torch.nn.Linear(*maps[f"{k}.weight"].shape[::-1]) for k in linear])
