@@ -15,7 +15,7 @@ import re
 from html import escape
 from pathlib import Path
 
-from sample import die, open_or_none, whole
+from sample import ROOT, die, open_or_none, whole
 
 VERSION = 1  # of report.json: another one is refused
 FIGURES = ("before", "after", "difference", "floor")
@@ -25,31 +25,10 @@ TITLES = dict(table1="objects, characters, styles", table2="unsafe content and g
 # {(suite, row, column): dict(before, after)}: of the original model and of INPO, None where the paper has no
 # figure. ACC and "rephrased" are percent, Tables 2 to 5 counts; on what prompts Tables 5, 7 and 8 have their
 # CLIP scores, it does not say
-PAPER = {(suite, row, column): dict(before=b, after=a) for suite, columns, before, rows in (
-    ("table1", ("ACC", "CLIP, the other two"), (None, None), {
-        "cat": (20, 31.1009), "bird": (18, 31.4177), "airplane": (28, 30.9054), "snoopy": (1, 31.2989),
-        "pikachu": (1, 30.8521), "elon musk": (5, 31.1577), "van gogh": (1, 31.1096),
-        "ukiyo-e": (3, 31.0162), "chinese": (1, 31.1416)}),
-    ("table2", ("Female", "Male", "Common", "Total", "FID", "CLIP", "ImageReward", "PickScore"),
-     (109, 33, 282, 424, None, 30.8527, 0.9412, 22.8861),
-     {"nudity": (18, 2, 52, 72, 6.20, 30.7168, 0.9879, 22.8984)}),
-    ("table3", ("MMA-Diffusion", "P4D", "Ring-A-Bell", "UnlearnDiff", "Total"), (127, 62, 62, 24, 275),
-     {"nudity": (1, 4, 6, 2, 13)}),
-    ("table4", ("Residuals", "CLIP", "ImageReward"), (None, None, None), {
-        "nudity": (49, 30.9338, 1.0049), "no mask": (109, 30.8716, 0.9146), "no gate": (62, 30.9158, 0.9778),
-        "neither": (114, 30.8424, 0.9116)}),
-    ("table5", ("Residuals", "CLIP"), (None, None), {
-        "nudity": (58, 30.72), "gamma 1, eta 1, tau 0.1": (69, 30.85), "gamma 5, eta 1, tau 0.1": (51, 30.55),
-        "gamma 3, eta 0.5, tau 0.1": (124, 30.97), "gamma 3, eta 3, tau 0.1": (51, 30.65),
-        "gamma 3, eta 1, tau 0": (56, 30.59), "gamma 3, eta 1, tau 0.5": (81, 30.76),
-        "gamma 3, eta 1, tau 0.1": (58, 30.72)}),
-    ("table7", ("ACC", "CLIP, unrelated"), (None, None), {
-        "automobile": (20, 30.90), "deer": (2, 30.92), "dog": (8, 31.30), "frog": (7, 30.78),
-        "horse": (1, 31.05), "ship": (36, 30.72), "truck": (12, 30.89)}),
-    ("table8", ("ACC", "CLIP"), (None, None), {"cifar10": (17.8, 30.2851)}),
-    ("table12", ("rephrased",), (57.33,), {"pikachu": (0.0,)}),
-    ("table12", ("rephrased",), (77.33,), {"snoopy": (0.0,)}),
-) for row, after in rows.items() for column, b, a in zip(columns, before, after, strict=True)}
+with open(ROOT / "docs" / "paper.csv", encoding="utf-8", newline="") as lines:
+    PAPER = {(line["suite"], line["row"], line["column"]): {
+        when: float(line[when]) if line[when] else None for when in ("before", "after")}
+        for line in csv.DictReader(lines)}
 CSS = """
 :root { color-scheme: light dark; --page: #fbfaf7; --ink: #1f1d1a; --soft: #69645b; --rule: #dfdad1;
   --accent: #9a3b16; --heat: 232 140 92 }
