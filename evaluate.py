@@ -35,7 +35,6 @@ from sample import (TASKS, check_set, contact_sheet, die, drawing_flags, encode_
 
 SUITES = "concept table1 table2 table3 table4 table5 table7 table8 table12".split()
 ROUND = 1000  # prompts that are encoded at once
-CIFAR10 = set("airplane automobile bird cat deer dog frog horse ship truck".split())
 PAPERS_MODEL = "black-forest-labs/FLUX.1-dev"
 CAPTIONS = {"target": "what the concept became (Figures 4 and 5)", "paraphrases": "without its name",
             "rephrased": "without its name (Table 12)", "preserved": "neighbours and unrelated things",
@@ -412,12 +411,12 @@ def make_cell(row, column, found, args):
                 unit=column["unit"], better=column["better"], set=" + ".join(column["sets"]),
                 seed=" + ".join(sorted(seeds)) if len(seeds) > 1 or "own" in seeds else args.seed,
                 **dict.fromkeys(FIGURES), unavailable=found.get("unavailable"), paper=None)
-    said = "cifar10" if set(row["forgotten"]) == CIFAR10 else row["asked"] * (len(row["forgotten"]) == 1)
     if args.model == PAPERS_MODEL and not args.limit and row["digest"]:
-        variant = row["folder"].name  # "no mask", say; the paper's figure for a concept is INPO's
-        names = [variant, said] if not args.compare or variant == "INPO" else [variant]
-        cell["paper"] = next((PAPER[key] for name in names
-                              if (key := (column["suite"], name, column["column"])) in PAPER), None)
+        names = [row["folder"].name]  # "no mask", say; the paper's figure for a concept is INPO's
+        if not args.compare or names == ["INPO"]:
+            names.append(" + ".join(sorted(row["forgotten"])))
+        printed = (PAPER.get((column["suite"], name, column["column"])) for name in names)
+        cell["paper"] = next(filter(None, printed), None)
     if cell["unavailable"]:
         return cell
     if column["metric"] == "distance":
