@@ -29,44 +29,6 @@ with open(ROOT / "docs" / "paper.csv", encoding="utf-8", newline="") as lines:
     PAPER = {(line["suite"], line["row"], line["column"]): {
         when: float(line[when]) if line[when] else None for when in ("before", "after")}
         for line in csv.DictReader(lines)}
-CSS = """
-:root { color-scheme: light dark; --page: #fbfaf7; --ink: #1f1d1a; --soft: #69645b; --rule: #dfdad1;
-  --accent: #9a3b16; --heat: 232 140 92 }
-@media (prefers-color-scheme: dark) { :root { --page: #161513; --ink: #ebe7e0; --soft: #a8a297;
-  --rule: #38352f; --accent: #f0a277; --heat: 150 74 38 } }
-* { box-sizing: border-box }
-body { margin: 0; background: var(--page); color: var(--ink); overflow-wrap: anywhere;
-  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif }
-main { max-width: 1180px; margin: 0 auto; padding: 2.5rem 1.1rem 4rem }
-h1, h2, h3 { font: 600 1.15rem/1.2 ui-serif, Georgia, "Times New Roman", serif; margin: 1.8rem 0 .4rem }
-h1 { font-size: clamp(1.8rem, 5vw, 2.7rem); margin: 0 0 1rem }
-h2 { font-size: 1.6rem; margin-top: 3rem; padding-top: 1.1rem; border-top: 1px solid var(--rule) }
-:is(h1, h2, h3) small { font: .82rem system-ui, sans-serif; color: var(--accent); white-space: nowrap }
-p, ul { max-width: 46em; margin: .6rem 0; padding: 0 }
-li { margin-left: 1.2rem } figure { margin: 0 } .lead { font-size: 1.2rem; max-width: 40em }
-a { color: var(--accent); display: inline-block; margin-right: 1.1em }
-.note, figcaption, details, table small { color: var(--soft); font-size: .82rem }
-.scroll { overflow-x: auto; margin: .8rem 0 }
-:focus-visible, .veil :focus-visible + img { outline: 2px solid var(--accent); outline-offset: -2px }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums lining-nums; overflow-wrap: normal }
-th, td { padding: .5rem 1.2rem .5rem 0; text-align: left; vertical-align: top; font-weight: 400 }
-tr { border-bottom: 1px solid var(--rule) }
-tr > :first-child { position: sticky; left: 0; background: var(--page); z-index: 1 }
-tbody th { min-width: 6rem; max-width: 9rem } :is(.pictures, .heat) th { min-width: 0 }
-td, thead th { white-space: nowrap } table small { display: block } .within, .none { color: var(--soft) }
-td.none { white-space: normal; min-width: 15em; max-width: 20em; font-size: .85rem; font-style: italic }
-.pictures tr, .heat tr { border: 0 } .side { display: flex; flex-wrap: wrap; gap: 0 2.5rem }
-.pictures :is(th, td) { padding: 0 .4rem .4rem 0; font-size: .8rem; line-height: 1.3; white-space: normal }
-.pictures span { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 3; overflow: hidden }
-img, .veil, .pictures span { width: 104px; border-radius: 4px } img { display: block; height: auto }
-.veil { display: block; position: relative; overflow: hidden; cursor: pointer }
-.veil input { position: absolute; opacity: 0 } .veil input:not(:checked) + img { filter: blur(14px) }
-.heat :is(td, th) { padding: .25rem .35rem; font-size: .8rem; line-height: 1.3; vertical-align: middle }
-.heat td { min-width: 2.6em; text-align: right; background: rgb(var(--heat) / var(--v)) }
-.heat thead th + th { writing-mode: vertical-rl; transform: rotate(180deg) } .side > * { min-width: 0 }
-svg { width: 340px; max-width: 100%; font: 11px system-ui, sans-serif; fill: var(--soft) }
-svg path { fill: none; stroke: var(--rule) } polyline { fill: none; stroke: var(--accent); stroke-width: 1.6 }
-"""
 
 def check_report(path):
     """One line and exit 2 where a file is no report, or one of another version."""
@@ -306,10 +268,11 @@ def html_text(report):
     concepts = ", ".join(dict.fromkeys(name for row in report["rows"] for name in row["concept"]))
     title = escape(f"{Path(report['model']).name} after forgetting {concepts}")
     mark = f" <small>--limit {report['limit']}: a quick look</small>" if report["limit"] is not None else ""
+    style = (ROOT / "report.css").read_text(encoding="utf-8")
     bold = " Bold: better than each other row, by paired intervals that exclude zero." * report["compare"]
     page = (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n'
             '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-            f"<style>{CSS}</style></head>\n<body><main><h1>{title}</h1>\n" +
+            f"<style>\n{style}</style></head>\n<body><main><h1>{title}</h1>\n" +
             "".join(f'<p class="lead">{escape(sentence(report, s))}</p>\n' for s in report["suites"]) +
             f'<p class="note">Weights {escape(str(report["weights"]))}, seed {report["seed"]}. '
             f'<code>{escape(report["command"])}</code></p>\n<nav aria-label="Sections">' +
