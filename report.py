@@ -19,9 +19,11 @@ from sample import ROOT, die, open_or_none, whole
 
 VERSION = 1  # of report.json: another one is refused
 FIGURES = ("before", "after", "difference", "floor")
-TITLES = dict(table1="objects, characters, styles", table2="unsafe content and general quality",
-              table3="red-team prompts", table4="ablation", table5="hyperparameters",
-              table7="the other CIFAR-10 classes", table8="ten concepts at once", table12="rephrased prompts")
+TITLES = dict(concept="Our own figures", table1="Table 1: objects, characters, styles",
+              table2="Table 2: unsafe content and general quality", table3="Table 3: red-team prompts",
+              table4="Table 4: ablation", table5="Table 5: hyperparameters",
+              table7="Table 7: the other CIFAR-10 classes", table8="Table 8: ten concepts at once",
+              table12="Table 12: rephrased prompts")
 # {(suite, row, column): dict(before, after)}: of the original model and of INPO, None where the paper has no
 # figure. ACC and "rephrased" are percent, Tables 2 to 5 counts; on what prompts Tables 5, 7 and 8 have their
 # CLIP scores, it does not say
@@ -104,12 +106,6 @@ def is_best(report, cell):
         won += all(sign * (pair["difference"][end] or 0) > 0 for end in ("low", "high"))
     return won > 0 and won == len(rows) - 1
 
-def named(suite):
-    return suite.replace("table", "Table ").replace("concept", "Our own figures")
-
-def suite_title(suite):
-    return named(suite) + (f": {TITLES[suite]}" if suite in TITLES else "")
-
 def sentence(report, suite):
     """A suite in one sentence: its total, or else its first figure that should fall; what does not stay."""
     cells = [c for c in of(report["cells"], suite=suite) if value_of(c, "after") is not None]
@@ -132,7 +128,8 @@ def sentence(report, suite):
     if stay:
         said.append(f"of what should stay, {len(lost)} of {len(stay)} figures fall beyond seed noise" +
                     f" ({'; '.join(lost)})" * (0 < len(lost) < 4))
-    return f"{named(suite)}: {'; '.join(said) or 'no figure is available'}."
+    title = TITLES.get(suite, suite).partition(":")[0]
+    return f"{title}: {'; '.join(said) or 'no figure is available'}."
 
 def small(text, before=""):
     return f"<small>{before}{text}</small>" if text else ""
@@ -189,7 +186,7 @@ def suite_html(report, suite):
     titles = [escape(c) + small(c in floors and f"seed noise {number(floors[c]['value'], digits[c], '+')}")
               for c in digits]
     notes = f'<details class="note"><summary>Networks, sets, seeds, n</summary><ul>{notes}</ul></details>'
-    return (table(suite_title(suite), head, rows) + notes +
+    return (table(TITLES.get(suite, suite), head, rows) + notes +
             ("<h3>Against each other, paired</h3>" + table(
                 "Against each other", ["LoRAs", *titles], against) if against else ""))
 
@@ -255,7 +252,7 @@ def html_text(report):
              for name, found in report["dropped"].items() if found]
     broken, notes = (f"<ul>{''.join(f'<li>{escape(str(line))}</li>' for line in report[key])}</ul>" *
                      bool(report[key]) for key in ("broken", "notes"))
-    sections = [(suite_title(suite), suite_html(report, suite)) for suite in report["suites"]] + [
+    sections = [(TITLES.get(suite, suite), suite_html(report, suite)) for suite in report["suites"]] + [
         ("Before and after", "".join(map(grid_html, report["grids"]))),
         ("What became of each concept", heats and '<p class="note">Percent of "yes": a row is what the model '
          f"was asked for, a column what the judge was asked about ({escape('; '.join(judges))}).</p>{heats}"),
