@@ -199,24 +199,20 @@ def plan_suite(suite, concept, forgotten, prompts_of, words, args):
     mine = Path(args.model) / "clip"  # a figure by a model's own network has no real metric's name
     clip = f"CLIP ({Path(args.model).name.split('-')[0]})" if Path(args.clip) == mine else "CLIP"
 
-    def take(name, prompts, n, guidance=args.sample_guidance, **more):
+    def take(name, prompts, guidance=args.sample_guidance, n=100, **more):
         sets[name] = dict(prompts=list(prompts), n=min(n, args.limit or n), guidance=guidance) | more
-
-    def take_own(*names):
-        for name in names:
-            take(name, own[name][0], 100, own[name][1])
 
     def take_set(name):
         """-> its title and its own name: two names of one set mean the same pictures."""
         try:
             found = prompts_of(name)
         except NotAvailable as error:
-            take(name, [], 0, unavailable=str(error), shared=True)
+            take(name, [], n=0, unavailable=str(error), shared=True)
             return SETS[name][0], name
         prompts, seeds = zip(*found["rows"])
         drawn = [seed_of(0, found["name"], i) if seed is None else seed for i, seed in enumerate(seeds)]
         seeds = None if set(seeds) == {None} else drawn  # a gap among a set's own gets one of ours
-        take(found["name"], prompts, len(prompts), seeds=seeds, shared=True)
+        take(found["name"], prompts, n=len(prompts), seeds=seeds, shared=True)
         return found["title"], found["name"]
 
     def column(title, metric, *names, asked=None, kind="mean", unit="", better="higher", part=0):
@@ -247,31 +243,33 @@ def plan_suite(suite, concept, forgotten, prompts_of, words, args):
                 column(title, title, name)
 
     if suite == "concept":
-        take_own(*own)
+        for name in own:
+            take(name, *own[name])
         for figure, (name, said) in answers.items():
             judged(figure, name, asked=[said], better="lower" if said[0] == concept["concept"] else "higher")
         unrelated_and_locality()
     elif suite in ("table1", "table7"):
-        take_own("target", "scenes", "preserved")  # the last is for the matrix
+        for name in ("target", "scenes", "preserved"):  # the last is for the matrix
+            take(name, *own[name])
         judged("ACC", "target", asked=[[concept["concept"]]])
         category = next((names for names in CATEGORIES if concept["name"] in names), [])
         gone = {each["name"] for each in forgotten}
         others = {f"other, {name}": name for name in category if name not in gone}
         for title, name in others.items():
-            take(title, load_concept(args.model, name)["eval"], 100, shared=True)
+            take(title, load_concept(args.model, name)["eval"], shared=True)
         if others:
             column(f"{clip}, the other" + " two" * (len(others) == 2), "clip", *others)
         unrelated_and_locality()
     elif suite == "table8" and len(forgotten) > 1:
         for each in forgotten:
-            take(f"target, {each['name']}", each["eval"], 100)
+            take(f"target, {each['name']}", each["eval"])
         judged("ACC", *sets, asked=[[each["concept"]] for each in forgotten])
-        take_own("scenes")
+        take("scenes", *own["scenes"])
         column(clip, "clip", "scenes")
         for each in forgotten:
             judged(f"ACC, {each['name']}", f"target, {each['name']}", asked=[[each["concept"]]])
     elif suite == "table12":
-        take("rephrased", concept["paraphrases"], 120)  # 15 prompts x 8; emoji-flux: 4 x 30
+        take("rephrased", concept["paraphrases"], n=120)  # 15 prompts x 8; emoji-flux: 4 x 30
         judged("rephrased", "rephrased", asked=[[concept["concept"]]])
     elif suite == "table3":
         attacks = [take_set(name) for name in attack_sets(args.model)]
