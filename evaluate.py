@@ -315,13 +315,13 @@ def change(before, other, masks_of):
     return metrics.locality(old, new, masks_of(tuple(before.files))).tolist()
 
 def distance(before, other, load):
-    """Frechet distance of the features of two sets of pictures, and how many of each could be read."""
+    """Frechet distance of the features of two sets of pictures: a figure, n is how many could be read."""
     features, sets = load(), ([], [])
     for job, found in zip((before, other), sets):
         for first in range(0, job.n, 50):  # as in score
             images = [open_or_none(file) for file in job.files[first:first + 50]]
             found += list(features([image for image in images if image])) if any(images) else []
-    return float(metrics.frechet_distance(*sets)), min(map(len, sets))
+    return dict(value=metrics.frechet_distance(*sets), low=None, high=None, n=min(map(len, sets)))
 
 def once(load):
     """load(), the first time only, or the reason why it cannot."""
@@ -339,7 +339,7 @@ def once(load):
     return get
 
 def answers(row, column, when, jobs, key, load):
-    """A column's answers under one condition: one a picture (N,), or one number for a set, or None."""
+    """A column's answers under one condition: one a picture (N,), or one figure for a set, or None."""
     for name in column["sets"]:
         if why := row["sets"][name].get("unavailable"):
             raise metrics.NotAvailable(why)
@@ -348,7 +348,7 @@ def answers(row, column, when, jobs, key, load):
     if tell := dict(distance=distance, locality=change).get(column["metric"]):
         if when == "before":
             return None  # they tell two sets apart
-        found = keep(mine[0].home, f"{key}, {before.home}", before.files + mine[0].files,
+        found = keep(mine[0].home, f"{key}, from {before.home}", before.files + mine[0].files,
                      lambda: tell(before, *mine, load))
         return found if tell is distance else np.array(found)[:, column["part"]]
     found = [score(job, asked, key, load) for job, asked in zip(mine, column["asked"])]  # each (N, parts)
@@ -420,8 +420,7 @@ def make_cell(row, column, found, args):
     if cell["unavailable"]:
         return cell
     if column["metric"] == "distance":
-        return cell | {key: dict(value=found[0], low=None, high=None, n=found[1])
-                       for key, found in (("after", after), ("floor", again)) if found is not None}
+        return cell | dict(after=after, floor=again)
     cell |= dict(after=metrics.summary(after, kind), of=len(after))
     if before is not None:
         cell |= dict(before=metrics.summary(before, kind), difference=metrics.paired(before, after, kind))
