@@ -357,9 +357,9 @@ def answers(row, column, when, jobs, key, load):
                            for f in found])
 
 def score_all(rows, jobs, concepts, words, args):
-    """-> {(row, suite, column): dict(network, when: answers, or unavailable)} and the matrices. Metrics are
-    the outer loop, so that one network is loaded at a time."""
-    found, matrices = {}, []
+    """Each column gets its network, and its answers before, after and again, or why it is unavailable -> the
+    matrices. Metrics are the outer loop, so that one network is loaded at a time."""
+    matrices = []
 
     @functools.lru_cache(1)  # for every LoRA, and for the noise floor
     def masks_of(files):
@@ -375,16 +375,16 @@ def score_all(rows, jobs, concepts, words, args):
                 network = f"{finder(concept['detect'], args)}, {concept['task']}, {network_id(args.sam)}"
             key = f"{metric}, {network}"
             for column in (column for column in row["columns"] if column["metric"] == metric):
-                cell = found[row["name"], column["suite"], column["column"]] = dict(network=network)
+                column["network"] = network
                 try:
                     for when in ("before", "after", "again")[:2 if args.no_floor else 3]:
-                        cell[when] = answers(row, column, when, jobs, key, load)
+                        column[when] = answers(row, column, when, jobs, key, load)
                 except metrics.NotAvailable as error:
-                    cell["unavailable"] = str(error)
+                    column["unavailable"] = str(error)
             if metric == "judge":
                 with contextlib.suppress(metrics.NotAvailable):  # the cells of the judge say why
                     matrices += make_matrices(row, jobs, key, load, args.seed)
-    return found, matrices
+    return matrices
 
 def make_matrices(row, jobs, key, load, seed):
     """Every concept asked of every concept's pictures: what the target became, what its neighbours lost."""
@@ -403,14 +403,14 @@ def make_matrices(row, jobs, key, load, seed):
                    n=list(Counter(shows).values()), asked=list(dict.fromkeys(shows)), named=labels,
                    percent=[[None if np.isnan(p) else p for p in shares] for shares in percent.tolist()])
 
-def make_cell(row, column, found, args):
+def make_cell(row, column, args):
     """One figure of the report; report.py says what is in it."""
     seeds = {"own" if row["sets"][name].get("seeds") else str(args.seed) for name in column["sets"]}
-    kind, before, after, again = column["kind"], *(found.get(when) for when in ("before", "after", "again"))
-    cell = dict(suite=column["suite"], row=row["name"], column=column["column"], network=found["network"],
+    kind, before, after, again = column["kind"], *(column.get(when) for when in ("before", "after", "again"))
+    cell = dict(suite=column["suite"], row=row["name"], column=column["column"], network=column["network"],
                 unit=column["unit"], better=column["better"], set=" + ".join(column["sets"]),
                 seed=" + ".join(sorted(seeds)) if len(seeds) > 1 or "own" in seeds else args.seed,
-                **dict.fromkeys(FIGURES), unavailable=found.get("unavailable"), paper=None)
+                **dict.fromkeys(FIGURES), unavailable=column.get("unavailable"), paper=None)
     if args.model == PAPERS_MODEL and not args.limit and row["digest"]:
         names = [row["folder"].name]  # "no mask", say; the paper's figure for a concept is INPO's
         if not args.compare or names == ["INPO"]:
@@ -429,15 +429,14 @@ def make_cell(row, column, found, args):
                          metrics.paired(before, again, kind))
     return cell
 
-def against(rows, found):
+def against(rows):
     """Every LoRA minus every later one, picture by picture."""
     for a, b in itertools.combinations(rows, 2):
-        for column in a["columns"]:
-            cells = (found[row["name"], column["suite"], column["column"]] for row in (a, b))
-            mine, other = (cell.get("after") for cell in cells)
-            if column["metric"] != "distance" and mine is not None and other is not None:
-                yield dict(suite=column["suite"], column=column["column"], row=a["name"], other=b["name"],
-                           difference=metrics.paired(other, mine, column["kind"]))
+        for mine in a["columns"]:
+            other = of(b["columns"], suite=mine["suite"], column=mine["column"])[0]
+            if mine["metric"] != "distance" and "after" in mine and "after" in other:
+                yield dict(suite=mine["suite"], column=mine["column"], row=a["name"], other=b["name"],
+                           difference=metrics.paired(other["after"], mine["after"], mine["kind"]))
 
 def make_grids(rows, jobs, concepts, args):
     """The first pictures of each set, before and after; under --compare all LoRAs one below the other."""
@@ -532,7 +531,7 @@ def evaluate(args, lines):
         for prompts, parts in in_rounds(todo.values(), args.sample_batch):
             sample_round(prompts, parts, loras, args)
     with stage("score", args.out):
-        found, matrices = score_all(rows, jobs, concepts, words, args)
+        matrices = score_all(rows, jobs, concepts, words, args)
     runs = [read_run(row) for row in rows]
     public = sorted({name for row in rows for name, one in row["sets"].items() if "seeds" in one})
     broken = sorted({str(file) for job in jobs.values() for file in job.broken})
@@ -541,9 +540,8 @@ def evaluate(args, lines):
         weights=args.weights, seed=args.seed, limit=args.limit, suites=args.suite, compare=bool(args.compare),
         rows=[dict(name=row["name"], lora=str(row["folder"]), concept=row["forgotten"],
                    task=concepts[row["asked"]]["task"]) for row in rows],
-        cells=[make_cell(row, column, found[row["name"], column["suite"], column["column"]], args)
-               for row in rows for column in row["columns"]],
-        against=list(against(rows, found)) if args.compare else [],
+        cells=[make_cell(row, column, args) for row in rows for column in row["columns"]],
+        against=list(against(rows)) if args.compare else [],
         grids=list(make_grids(rows, jobs, concepts, args)), matrices=matrices,
         curves=[curve for curve, _ in runs if curve], cost=[cost for _, cost in runs if cost],
         dropped={name: prompts_of(name)["dropped"] for name in public}, broken=broken, notes=NOTES)

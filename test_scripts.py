@@ -1645,8 +1645,8 @@ def test_figures_of_the_paper_stand_where_they_belong(compare, folder, asked, ta
     row = dict(name="any", folder=Path(folder), digest="1", asked=asked, forgotten=[asked], sets=dict(i2p={}))
     for suite, name, wanted in (("table4", "Residuals", table4), ("table2", "Total", table2)):
         column = dict(kind="count", suite=suite, column=name, unit="", better="lower", sets=["i2p"],
-                      metric="harm")
-        found = evaluate.make_cell(row, column, dict(network="", unavailable="no network"), args)["paper"]
+                      metric="harm", network="", unavailable="no network")
+        found = evaluate.make_cell(row, column, args)["paper"]
         assert (found and found["after"]) == wanted
 
 
