@@ -96,6 +96,8 @@ from mask import find_masks  # noqa: E402
 from promptsets import HARM, SETS, cycled, load_prompts, own_sets, plan_suite  # noqa: E402
 from report import FIGURES, PAPER, VERSION, check_report, decimals, of, write_report  # noqa: E402
 
+BLANK = Image.new("RGB", (64, 64))  # in the place of one that cannot be read
+
 def network_id(name):
     """A network's name with its revision: the hub's commit, or a checksum of its weights here."""
     if Path(name).exists():
@@ -294,13 +296,14 @@ def keep(home, key, files, make):
 def score(job, asked, key, load):
     """A metric's answers about a job's pictures, (N, parts); NaN for one that cannot be read."""
     def make():
-        compute, found = load(), {}
+        compute, found = load(), []
         for first in range(0, job.n, 50):  # 10,000 pictures do not fit into memory
-            some = enumerate(job.files[first:first + 50], first)
-            images = {i: image for i, file in some if (image := open_or_none(file))}
-            found |= zip(images, compute(list(images.values()), [asked[i] for i in images]))
-        nothing = [float("nan")] * max(map(np.size, found.values()), default=1)
-        return [np.atleast_1d(found.get(i, nothing)).astype(float).tolist() for i in range(job.n)]
+            images = [open_or_none(file) for file in job.files[first:first + 50]]
+            said = compute([image or BLANK for image in images], asked[first:first + 50])
+            rows = np.array(said, float).reshape(len(images), -1)  # (50, parts)
+            rows[[image is None for image in images]] = np.nan
+            found += rows.tolist()
+        return found
 
     question = zlib.crc32(json.dumps(asked).encode())
     found = np.array(keep(job.home, f"{key}, {question:08x}, {job.n}", job.files, make))
@@ -352,9 +355,7 @@ def answers(row, column, when, jobs, key, load):
                      lambda: tell(before, *mine, load))
         return found if tell is distance else np.array(found)[:, column["part"]]
     found = [score(job, asked, key, load) for job, asked in zip(mine, column["asked"])]  # each (N, parts)
-    # where no picture of a set could be read, its one column is NaN
-    return np.concatenate([f.max(1) if column["part"] is None else f[:, min(column["part"], f.shape[1] - 1)]
-                           for f in found])
+    return np.concatenate([f.max(1) if column["part"] is None else f[:, column["part"]] for f in found])
 
 def score_all(rows, jobs, concepts, words, args):
     """Each column gets its network, and its answers before, after and again, or why it is unavailable -> the
@@ -393,8 +394,7 @@ def make_matrices(row, jobs, key, load, seed):
     ends, phrases = np.cumsum([len(some) for some in named])[:-1], sum(named, ())
     for when in ("before", "after") if len(sets) > 1 else ():
         said = [score(jobs[row["name"], name, when], [phrases] * one["n"], key, load)
-                for name, one in sets.items()]  # each (N, phrases), or (N, 1) of NaN
-        said = [np.broadcast_to(part, (len(part), len(phrases))) for part in said]
+                for name, one in sets.items()]  # each (N, phrases)
         said = [part.max(1) for part in np.split(np.concatenate(said), ends, axis=1)]  # a yes to any phrase
         shows = [" / ".join(phrases) for one in sets.values() for phrases in one["shows"][:one["n"]]]
         labels = [" / ".join(phrases) for phrases in named]
@@ -578,8 +578,7 @@ def show(report, folder):
             text = re.sub(rf"{re.escape(title)}\n.*?(?=\n## |\Z)", "", card.read_text(), flags=re.DOTALL)
             write_text(card, f"{text}{title}\n\n{table}")
     grids = [(grid, row) for grid in report["grids"] if not grid["blurred"] for row in grid["rows"]]
-    images = [open_or_none(file) or Image.new("RGB", (8, 8)) for _, row in grids
-              for file in cycled(row["files"], 8)]
+    images = [open_or_none(file) or BLANK for _, row in grids for file in cycled(row["files"], 8)]
     if images:  # not where all that may be shown is blurred
         contact_sheet(images, folder / "evaluation.png", 8, 80,
                       [f"{grid['set'][:18]}: {row['label']}" for grid, row in grids])
