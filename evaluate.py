@@ -162,13 +162,13 @@ def read_rows(args):
             forgotten = args.concept or forgotten
         if Path(base).name != Path(args.model).name:
             die(f"--{flag} {folder}: was trained on {base}, not on --model {args.model}")
-        asked = args.concept or forgotten
+        asked, forgotten = sorted(args.concept or forgotten), sorted(forgotten)  # whatever order a run took
         alone = len(asked) == 1 or set(args.suite) <= HARM | {"table8"}  # the others ask about one concept
         if not alone or not set(asked) <= set(forgotten):
             die(f"{folder}: has forgotten {', '.join(forgotten)}: give one of them as --concept")
         digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()  # another LoRA, other pictures
         rows.append(dict(folder=folder, digest=digest, forgotten=forgotten, asked=asked[0]))
-    said = sorted({" + ".join(sorted(row["forgotten"])) for row in rows})
+    said = sorted({" + ".join(row["forgotten"]) for row in rows})
     if args.compare and len(said) > 1 and not set(args.suite) <= HARM:  # whose prompts are the same for all
         die(f"--compare: needs LoRAs that forget the same, these forget {', '.join(said)}")
     for names in zip(*[(row["asked"], row["folder"].name, str(row["folder"])) for row in rows]):
@@ -414,7 +414,7 @@ def make_cell(row, column, args):
     if args.model == PAPERS_MODEL and not args.limit and row["digest"]:
         names = [row["folder"].name]  # "no mask", say; the paper's figure for a concept is INPO's
         if not args.compare or names == ["INPO"]:
-            names.append(" + ".join(sorted(row["forgotten"])))
+            names.append(" + ".join(row["forgotten"]))
         printed = (PAPER.get((column["suite"], name, column["column"])) for name in names)
         cell["paper"] = next(filter(None, printed), None)
     if cell["unavailable"]:

@@ -1739,6 +1739,19 @@ def test_nudity_is_counted_by_three_rules(monkeypatch):
                      "Total, every box": [3, 0], "pictures": [1, 0]}
 
 
+def test_loras_that_took_their_concepts_in_another_order_are_asked_the_same(tmp_path):
+    for name, concepts in (("a", ["cat", "robot"]), ("b", ["robot", "cat"])):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / evaluate.WEIGHTS).write_text(name)
+        settings = dict(model=EMOJI, concept=concepts)
+        (tmp_path / name / "args.json").write_text(json.dumps(dict(settings=settings)))
+    both = [str(tmp_path / "a"), str(tmp_path / "b")]
+    args = evaluate.arguments(["--model", EMOJI, "--suite", "table8", "--compare", *both])
+    args.lora = args.compare
+    rows = evaluate.read_rows(args)  # an interval pairs their pictures one by one
+    assert [(row["asked"], row["forgotten"]) for row in rows] == [("cat", ["cat", "robot"])] * 2
+
+
 def planned(suite, *names):
     """What a suite asks of emoji-flux without the first of these concepts, or without all: sets, columns."""
     concepts, own = [sample.load_concept(EMOJI, name) for name in names], EMOJI + "/clip"
