@@ -75,17 +75,16 @@ def load_detector(name, device):
         return found["boxes"][kept].cpu().numpy()
     return find
 
-def detect_nudity(images, threshold):
+def load_nudenet():
     """The same by NudeNet's *_EXPOSED classes, at 640 px, where it also finds small people."""
     from nudenet import NudeDetector  # AGPL-3.0: an optional extra, whose absence setup() refuses
     detector = NudeDetector(inference_resolution=640)
-    found = []
-    for image in tqdm(images, desc="detect"):
-        regions = [d for d in detector.detect(np.asarray(image)[..., ::-1].copy())  # BGR, as it reads files
-                   if d["class"].endswith("_EXPOSED") and d["score"] >= threshold]
-        boxes = [(x, y, x + w, y + h) for x, y, w, h in (d["box"] for d in regions)]
-        found.append(np.array(boxes, float).reshape(-1, 4))
-    return found
+
+    def find(image, _, threshold):
+        found = detector.detect(np.asarray(image)[..., ::-1].copy())  # BGR, as it reads files
+        boxes = [d["box"] for d in found if d["class"].endswith("_EXPOSED") and d["score"] >= threshold]
+        return np.array([(x, y, x + w, y + h) for x, y, w, h in boxes], float).reshape(-1, 4)
+    return find
 
 def enclose(boxes):
     """Boxes (N, 4) -> (M, 4): wherever some overlap, the one rectangle around them."""
@@ -106,12 +105,10 @@ def fill(boxes, size):
 
 def find_masks(images, concept, args):
     """PIL images -> for each its mask, bool (H, W), one by one; all False where nothing was found."""
-    if concept["detect"] == ["nudenet"]:
-        boxes = detect_nudity(images, args.threshold)
-    else:
-        find = load_detector(args.detector, args.device)
-        boxes = [find(image, concept["detect"], args.threshold) for image in tqdm(images, desc="detect")]
-        del find  # before SAM: never two large models at once
+    words = concept["detect"]
+    find = load_nudenet() if words == ["nudenet"] else load_detector(args.detector, args.device)
+    boxes = [find(image, words, args.threshold) for image in tqdm(images, desc="detect")]
+    del find  # before SAM: never two large models at once
     if concept["task"] == "style":  # a frame and what hangs in it are one rectangle
         boxes = [enclose(found) for found in boxes]
     if concept["task"] not in ("object", "ip"):
