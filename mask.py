@@ -96,13 +96,6 @@ def enclose(boxes):
         apart.append(box)
     return np.array(apart).reshape(-1, 4)
 
-def fill(boxes, size):
-    """The union of boxes (N, 4) as filled rectangles, in an image of size (W, H) -> bool (H, W)."""
-    mask = np.zeros(size[::-1], bool)
-    for x0, y0, x1, y1 in boxes.round().astype(int).clip(0):
-        mask[y0:y1, x0:x1] = True
-    return mask
-
 def find_masks(images, concept, args):
     """PIL images -> for each its mask, bool (H, W), one by one; all False where nothing was found."""
     words = concept["detect"]
@@ -111,8 +104,12 @@ def find_masks(images, concept, args):
     del find  # before SAM: never two large models at once
     if concept["task"] == "style":  # a frame and what hangs in it are one rectangle
         boxes = [enclose(found) for found in boxes]
-    if concept["task"] not in ("object", "ip"):
-        yield from (fill(found, image.size) for found, image in zip(boxes, images))
+    if concept["task"] not in ("object", "ip"):  # filled rectangles
+        for found, image in zip(boxes, images):
+            mask = np.zeros(image.size[::-1], bool)
+            for x0, y0, x1, y1 in found.round().astype(int).clip(0):
+                mask[y0:y1, x0:x1] = True
+            yield mask
         return
     load = torch.hub.load_state_dict_from_url if "://" in args.sam else torch.load
     try:
