@@ -153,9 +153,8 @@ def make_masks(files, concept, args):
           f"; {full} masks are the whole image" * bool(full))
     overlays = []
     for file in files[:50]:
-        pixels = np.array(images[file])
-        pixels[found[file]] = pixels[found[file]] // 2 + np.array([127, 0, 0], np.uint8)
-        overlays += [images[file], Image.fromarray(pixels)]
+        reddened = Image.blend(images[file], Image.new("RGB", images[file].size, "red"), 0.5)
+        overlays += [images[file], Image.composite(reddened, images[file], Image.fromarray(found[file]))]
     sheet = args.out / f"masks-{concept['name']}.png"
     contact_sheet(overlays, sheet)
     if len(kept) < args.min_found * len(files):
