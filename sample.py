@@ -692,10 +692,9 @@ def plan_sets(concepts, args):
     forget = [(args.out / "forget" / c["name"], c["name"], c["train"], c.get("pictures", args.n_forget))
               for c in concepts]
     folder = args.preserve_dir or args.out / "preserve"
-    others = {other: [t for t in c["preserve"] if not mentions(t, concepts)]
+    others = {other: [p for t in c["preserve"] if not mentions(p := t.replace("{}", other), concepts)]
               for c in concepts for other in c["neighbours"] + c["unrelated"]}
-    preserve = {other: (folder / other, other, [t.replace("{}", other) for t in templates], args.n_preserve)
-                for other, templates in others.items() if templates and not mentions(other, concepts)}
+    preserve = {name: (folder / name, name, said, args.n_preserve) for name, said in others.items() if said}
     if args.preserve and len(preserve) < len(others):
         print(f"--preserve {args.preserve}: {len(others) - len(preserve)} of {len(others)} prompts dropped, "
               "they name what is forgotten")
