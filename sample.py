@@ -605,11 +605,12 @@ def load_denoiser(args):
     pipe.vae.requires_grad_(False)
     return pipe
 
-def place(pipe, args):
+def place(pipe, args, parts=("transformer", "vae")):
     """Onto the device, or with --offload only a layer at a time; call it after add_lora: a LoRA stays."""
-    if not args.offload:
-        return pipe.to(args.device)
-    for model in (pipe.transformer, pipe.vae):
+    for model in (getattr(pipe, part) for part in parts):
+        if not args.offload:
+            model.to(args.device)
+            continue
         add_hook_to_module(model, AlignDevicesHook(args.device))  # tells the pipeline where to work
         for module in model.modules():
             own = list(module.parameters(recurse=False))

@@ -218,9 +218,7 @@ def train(pipe, forget, preserve, embeds, presets, args, stamp=None):
     """
     transformer, main_process = pipe.transformer, PartialState().is_main_process
     params = add_lora(transformer, args.rank, args.seed)
-    place(pipe, args)
-    if not args.offload:
-        pipe.vae.to("cpu")  # makes room
+    place(pipe, args, ["transformer"])
     if args.checkpointing:
         transformer.enable_gradient_checkpointing()
     optimizer = make_optimizer(params, args)
@@ -443,8 +441,7 @@ def main(args):
         if not (resumed and (args.out / "README.md").exists()):  # evaluate.py adds its figures to it
             write_card(concepts, settings, rows, args.out / "README.md")
         with stage("pictures", args.out):
-            if not args.offload:
-                pipe.vae.to(args.device)
+            place(pipe, args, ["vae"])
             draw_before_after(pipe, embeds, groups, args.out / "before_after.png", args)
         print(f"{args.out}: dS {rows[-1]['dS']:.2f}; look at before_after.png and curves.png")
 
