@@ -246,9 +246,8 @@ def load_concept(model, name):
 
 def read_prompts(flag, path):
     """The lines of a text file of prompts, less what the filter drops."""
-    lines = map(str.strip, read_text(path, flag).splitlines())
-    lines = allowed(list(filter(None, lines)), f"{flag} {path}")
-    return lines or die(f"{flag} {path}: holds no prompt")
+    lines = list(filter(None, map(str.strip, read_text(path, flag).splitlines())))
+    return allowed(lines, f"{flag} {path}") or die(f"{flag} {path}: holds no prompt")
 
 MEND = "mend it or take it away"
 
@@ -632,10 +631,9 @@ def generate(pipe, embeds, prompts, seeds, steps, guidance, size):
     """One batch -> list of PIL images, each a function of its own prompt and seed but for rounding."""
     device = pipe._execution_device  # with --offload the weights are elsewhere
     states, pooled = (torch.stack([embeds[p][k] for p in prompts]) for k in (0, 1))  # (B, T, E), (B, P)
-    states, pooled = states.to(device), pooled.to(device)
     noise = [torch.Generator().manual_seed(s) for s in seeds]
-    return pipe(prompt_embeds=states, pooled_prompt_embeds=pooled, generator=noise, num_inference_steps=steps,
-                guidance_scale=guidance, height=size, width=size).images
+    return pipe(prompt_embeds=states.to(device), pooled_prompt_embeds=pooled.to(device), generator=noise,
+                num_inference_steps=steps, guidance_scale=guidance, height=size, width=size).images
 
 def check_set(folder, concept, prompts, count, args, **made_by):
     """Refuse a folder of images that other settings have made -> the settings. Their count may grow; the

@@ -344,8 +344,7 @@ def fill_presets(concepts, args):
     return rows
 
 def write_card(concepts, settings, rows, path):
-    """README.md beside the LoRA, as the hub shows it: base, licence, figures, settings, picture, how to load
-    it."""
+    """README.md beside the LoRA, as the hub shows it."""
     last = rows[-max(1, len(rows) // 10):]
     dS, alpha, prior = (sum(row[key] for row in last) / len(last) for key in ("dS", "alpha", "prior"))
     model, names = settings["model"], ", ".join(concept["name"] for concept in concepts)
