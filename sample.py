@@ -656,27 +656,25 @@ def sample_set(load, embeds, folder, concept, prompts, count, args, **made_by):
     """
     world, group, seeds = PartialState(), args.sample_batch, made_by.get("seeds")
     settings = check_set(folder, concept, prompts, count, args, **made_by)
-    rows = [(folder / f"{i:03}.png", prompts[i % len(prompts)],
-             seeds[i % len(seeds)] if seeds else seed_of(args.seed, concept, i))
-            for i in range(-(-count // group) * group)]
-    manifest = [dict(file=f.name, prompt=p, seed=s, model=args.model, size=args.size)
-                for f, p, s in rows[:count]]
+    rows = [dict(file=f"{i:03}.png", prompt=prompts[i % len(prompts)],
+                 seed=seeds[i % len(seeds)] if seeds else seed_of(args.seed, concept, i),
+                 model=args.model, size=args.size) for i in range(-(-count // group) * group)]
+    files = [folder / row["file"] for row in rows[:count]]
     if world.is_main_process:
         if not (folder / "settings.json").exists():  # its versions and commit are those of the first images
             keep_settings(folder / "settings.json", settings)
-        write_text(folder / "manifest.json", json.dumps(manifest, indent=1))
-    missing = [first for first in range(0, count, group)
-               if not all(f.exists() for f, _, _ in rows[first:min(first + group, count)])]
+        write_text(folder / "manifest.json", json.dumps(rows[:count], indent=1))
+    missing = [i for i in range(0, count, group) if not all(f.exists() for f in files[i:i + group])]
     world.wait_for_everyone()  # before the first image is written, which would be missing for some only
     name = f"sample {folder.parent.name}/{folder.name}"
     missing = missing[world.process_index::world.num_processes]  # of accelerate launch, each its share
-    for first in tqdm(missing, desc=name, unit=f"{group} images", leave=False, disable=not missing):
-        files, texts, noise = zip(*rows[first:first + group])
+    for i in tqdm(missing, desc=name, unit=f"{group} images", leave=False, disable=not missing):
+        texts, noise = zip(*[(row["prompt"], row["seed"]) for row in rows[i:i + group]])
         images = generate(load(), embeds, texts, noise, args.sample_steps, args.sample_guidance, args.size)
-        for file, image in list(zip(files, images))[:count - first]:
+        for image, file in zip(images, files[i:]):
             save_image(image, file)
     world.wait_for_everyone()
-    return [(f, p) for f, p, _ in rows[:count]]
+    return [(file, row["prompt"]) for file, row in zip(files, rows)]
 
 def mentions(phrase, concepts):
     """Does the phrase name one of the concepts, by the judge's words or, for an object, the detector's (which
