@@ -137,32 +137,12 @@ if not {"-h", "--help"} & set(sys.argv):  # the other scripts import their flags
     from safetensors import SafetensorError, safe_open
     from tqdm import tqdm
 
-# the one filter of everything that is ever generated: English words for people under 18, the compounds that
-# end in them, and ages; where in doubt it drops ("a baby elephant"). It knows no names of young characters
+# the one filter of everything that is ever generated: what minors.txt lists
 YOUNG = (r"(?<!\d)(?<!ty[\W_])([1-9]|1[0-7]|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve"
          r"|thirteen|fourteen|fifteen|sixteen|seventeen)(?!\d)")
-MINORS = re.compile(
-    r"(?<![^\W\d_])("  # no letter before, so "1girl" and "2_kids" are found and "skid" and "canteen" are not
-    r"(?!(roths|fair)child)\w*child(s|ren\w*|hood|like|ish)?|(school|grand|step)?kid(s|z|do|dos|dies?|dy)?"
-    r"|(?!(cow|play|show|call|game|hell|fan|dough)(girl|boy))\w*(girl|boy)(s|z|ish|hood|scouts?)?|girl(y|ie)"
-    r"|(school|young)(girl|boy)\w*"
-    r"|(pre)?teen(?!s?y\b)\w*|tweens?|sweet[\W_]sixteen|(pre)?pube(sc|rt)\w+|(pre)?adolescen(ts?|ce)"
-    r"|juveniles?|pa?edophil\w*|bab(y|ies)|infants?|toddlers?|newborns?|cherub(s|im|ic)?|putt[io]"
-    r"|youngsters?|a youth|youths|lads?|lass(es)?|orphan(s|ages?)?|an? minor|minors"
-    r"|under[\W_]?aged?|under[\W_]?1[2-8](?!\W+(f(ee|oo)?t|inch|[ck]?m|met|mile|colo|minu|hour|sec|day|degr))"
-    r"|barely[\W_]?legal|jail[\W_]?bait|(very|too|so|extremely)[\W_]young"
-    r"|loli(s|con|ta?s?)?|shota(s|con)?|nymphets?"
-    r"|kindergart\w+|preschool\w*|(elementary|primary|middle|high|grade|nursery)[\W_]?school\w*"
-    r"|junior[\W_]high|school[\W_]?(aged?|uniforms?)|(first|second|third|fourth|fifth|sixth|seventh|eighth"
-    r"|\d+(st|nd|rd|th))[\W_]grade(rs?|[\W_](students?|pupils?))"
-    r"|(little|young|younger|baby)[\W_](sister|brother|son)s?"
-    r"|(lady|woman|man|person) of 1[0-7](?=\W*$|[,.;:!?])"
-    r"|(grand|step)?daughters?|(grand|step)sons?|nieces?|nephews?"
-    r"|(a|and|with|her|his|their|my|our|your|little|small)[\W_]sons?(?!\W+goku)"
-    rf"|(ages?|aged)( of)?:? *{YOUNG}|(ages?|aged)( is| about| around| between|=) *([1-9]|1[0-7])(?!\d)"
-    rf"|{YOUNG}[\W_]*(-|\u2013|to)[\W_]*\d+[\W_]*(y/?o|y\.o\.?|(years?|yrs?)[\W_]*(olds?|of age))"
-    rf"|{YOUNG}[\W_]*(y/?o|y\.o\.?|(years?|yrs?|months?)[\W_]*(olds?|of age)|years?|yrs?)"
-    r")(?![^\W\d_])", re.IGNORECASE)
+LINES = (ROOT / "minors.txt").read_text(encoding="utf-8").splitlines()
+WORDS = "|".join(line for line in LINES if line and line[0] != "#").replace("{YOUNG}", YOUNG)
+MINORS = re.compile(rf"(?<![^\W\d_])({WORDS})(?![^\W\d_])", re.IGNORECASE)
 
 # as devices and libraries say it
 OUT_OF_MEMORY = re.compile("out of memory|not enough memory|can't allocate memory|ALLOC_FAILED")
