@@ -18,7 +18,7 @@ import shutil
 import time
 import zlib
 
-from sample import (check_settings, contact_sheet, data_flags, die, encode_prompts, generate, guarded,
+from sample import (ROOT, check_settings, contact_sheet, data_flags, die, encode_prompts, generate, guarded,
                     keep_settings, load_denoiser, lock, mask_flags, mentions, model_flags, number, open_image,
                     place, plan_sets, sample_all, seed_of, setup, stage, whole, write_text)
 
@@ -344,35 +344,15 @@ def fill_presets(concepts, args):
     return rows
 
 def write_card(concepts, settings, rows, path):
-    """README.md beside the LoRA, as the hub shows it."""
+    """README.md beside the LoRA, as the hub shows it: docs/card.md, filled in."""
     last = rows[-max(1, len(rows) // 10):]
-    dS, alpha, prior = (sum(row[key] for row in last) / len(last) for key in ("dS", "alpha", "prior"))
+    means = {key: sum(row[key] for row in last) / len(last) for key in ("dS", "alpha", "prior")}
     model, names = settings["model"], ", ".join(concept["name"] for concept in concepts)
     licence, terms = LICENCES.get(model, ("other", "the base model's licence, which this LoRA inherits"))
     said = "\n".join(f"| {key} | {value} |" for key, value in settings.items() if value is not None)
-    write_text(path, f"""---
-base_model: {model}
-license: {licence}
-library_name: diffusers
-pipeline_tag: text-to-image
-tags: [lora, flux, concept-erasure, inpo]
----
-# {model} without {names}
-
-A rank-{settings["rank"]} LoRA that makes {model} forget {names}, trained by INPO. Its licence is {terms}.
-
-![before and after, the same seeds](before_after.png)
-
-    pipe = FluxPipeline.from_pretrained("{model}")
-    pipe.load_lora_weights("FOLDER OF THIS FILE")
-
-At the end of training (means of the last {len(last)} steps): dS {dS:.2f}, how much worse it has become at
-the concept; gate {alpha:.4f}; prior loss {prior:.4f}, how much it has changed elsewhere.
-
-| setting | value |
-|---|---|
-{said}
-""")
+    card = (ROOT / "docs" / "card.md").read_text()
+    write_text(path, card.format(model=model, names=names, licence=licence, terms=terms, settings=said,
+                                 rank=settings["rank"], steps=len(last), **means))
 
 def main(args):
     concepts = setup(args)
