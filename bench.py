@@ -116,10 +116,11 @@ class Peak(TorchDispatchMode):
 
 def watch(network, work, dtype):
     """work(network) on a network without memory -> bytes at the peak, bytes kept after it, FLOP."""
-    for p in network.parameters():
-        p.data = p.data.to(torch.float32 if p.requires_grad else dtype)  # a LoRA stays float32
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu"):
-        network.to_empty(device="cpu")
+        for module in network.modules():
+            for name, p in list(module.named_parameters(recurse=False)):  # a LoRA stays float32
+                empty = torch.empty(p.shape, dtype=torch.float32 if p.requires_grad else dtype)
+                module._parameters[name] = torch.nn.Parameter(empty, requires_grad=p.requires_grad)
         with Peak(network) as peak, FlopCounterMode(display=False) as flops:
             graph = work(network)
             kept = peak.live
