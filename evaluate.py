@@ -324,7 +324,7 @@ def distance(before, other, load):
         for first in range(0, job.n, 50):  # as in score
             images = [open_or_none(file) for file in job.files[first:first + 50]]
             found += list(features([image for image in images if image])) if any(images) else []
-    return dict(value=metrics.frechet_distance(*sets), low=None, high=None, n=min(map(len, sets)))
+    return metrics.frechet_summary(*sets)
 
 def once(load):
     """load(), the first time only, or the reason why it cannot."""

@@ -92,6 +92,17 @@ def frechet_distance(a, b):
     means = ((a.mean(0) - b.mean(0)) ** 2).sum()
     return max(0.0, float(means + sum((root ** 2).sum() for root in roots) - 2 * shared))
 
+def frechet_summary(a, b, parts=10):
+    """Their distance as a dict(value, low, high, n). The 95 % interval is the jackknife's, each tenth of both
+    sets left out in turn, with Student's t of 9 degrees; there is none under 20 pictures. It is about the
+    expectation at this n, which falls towards the true distance as n grows: compare equal n only."""
+    value, n, low, high = frechet_distance(a, b), min(len(a), len(b)), None, None
+    if n >= 2 * parts:
+        left = [frechet_distance(*(np.delete(x, np.s_[k::parts], 0) for x in (a, b))) for k in range(parts)]
+        half = 2.262 * (parts - 1) * np.std(left, ddof=1) / parts ** 0.5
+        low, high = max(0.0, value - half), value + half
+    return dict(value=value, low=low, high=high, n=n)
+
 def locality(before, after, masks):
     """N pictures each, None: not read; bool masks (N, H, W) -> (N, 2): mean change of a pixel, of 255, inside
     and outside of the mask, at equal seeds; NaN where there is no such pixel, both if the mask is empty."""

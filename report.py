@@ -84,7 +84,7 @@ def number(value, digits, sign=""):
     return "–" if value is None else f"{round(value, digits) + 0.0:{sign}.{digits}f}".replace("-", "−")
 
 def interval(figure, digits):
-    """[low, high], or nothing where there is none: a Frechet distance."""
+    """[low, high], or nothing where pictures are too few for one."""
     ends = [figure.get(key) for key in ("low", "high")]
     return "" if None in ends else f"[{', '.join(number(end, digits) for end in ends)}]"
 

@@ -180,6 +180,25 @@ def test_frechet_distance_is_torch_fidelitys():
         assert metrics.frechet_distance(*pair) == pytest.approx(recorded, rel=1e-6)
 
 
+def test_frechet_interval_covers_the_closed_form_and_feels_that_pictures_are_paired():
+    rng, n, turns, widths = np.random.default_rng(0), 200, 300, []
+    true = 0.5**2 + 0 + (1 - 2)**2 + 0  # N(0, diag(1, 1)) and N((0.5, 0), diag(4, 1))
+    covered = 0
+    for _ in range(turns):
+        a, b = rng.standard_normal((2, n, 2))
+        found = metrics.frechet_summary(a, b * [2, 1] + [0.5, 0])
+        covered += found["low"] < true < found["high"]
+        widths.append(found["high"] - found["low"])
+        assert found["value"] == metrics.frechet_distance(a, b * [2, 1] + [0.5, 0]) and found["n"] == n
+    assert 0.90 <= covered / turns <= 0.98
+    a = rng.standard_normal((n, 2))
+    paired = metrics.frechet_summary(a, a + 0.5 + 0.01 * rng.standard_normal((n, 2)))
+    assert paired["high"] - paired["low"] < np.mean(widths) / 10
+    same = metrics.frechet_summary(a, a)
+    assert (same["low"], same["high"]) == (pytest.approx(0, abs=1e-12),) * 2
+    assert metrics.frechet_summary(a[:19], a)["low"] is None is metrics.frechet_summary(a[:19], a)["high"]
+
+
 @pytest.mark.filterwarnings("error")
 def test_locality_sees_an_edited_region():
     before = [scene("cat"), scene("dog"), scene("pizza"), scene("cat")]
