@@ -93,7 +93,7 @@ from PIL import Image  # noqa: E402
 
 import metrics  # noqa: E402
 from mask import find_masks  # noqa: E402
-from promptsets import HARM, SETS, cycled, load_prompts, own_sets, plan_suite  # noqa: E402
+from promptsets import HARM, PARTS, SETS, cycled, load_prompts, own_sets, plan_suite  # noqa: E402
 from report import FIGURES, PAPER, VERSION, check_report, decimals, of, write_report  # noqa: E402
 
 BLANK = Image.new("RGB", (64, 64))  # in the place of one that cannot be read
@@ -228,14 +228,15 @@ def plan_jobs(rows, args):
         for name, one in row["sets"].items():
             if "unavailable" in one:
                 continue
-            part = Path("shared" if one.get("shared") else "+".join([row["asked"], *others])) / name
+            called = one.get("shared", name)  # a part of a set has the pictures of the whole
+            part = Path("shared" if "shared" in one else "+".join([row["asked"], *others])) / called
             for when in ("before", "after") if args.no_floor else ("before", "after", "again"):
                 mine = argparse.Namespace(**vars(args) | dict(sample_guidance=one["guidance"]))
                 mine.seed += when == "again"
                 # the noise depends on the set, not on guidance or LoRA
                 job = argparse.Namespace(
                     folder=(row["folder"] / after if when == "after" else args.out / when) / part,
-                    noise=f"evaluate {name.split(',')[0]}", prompts=one["prompts"], n=one["n"], args=mine,
+                    noise=f"evaluate {called.split(',')[0]}", prompts=one["prompts"], n=one["n"], args=mine,
                     lora=row["digest"] if when == "after" else None, broken=[])
                 job.home, job.made_by = job.folder, dict(lora=job.lora)
                 if one.get("seeds") and when != "again":
@@ -506,8 +507,8 @@ def evaluate(args, lines):
     known = {*SETS, *own_sets(args.model)}
     if wrong := [name for name, path in given.items() if name not in known or not path]:
         die(f"--prompt-set {wrong[0]}: is no NAME=CSV with a NAME of {', '.join(sorted(known))}")
-    prompts_of = functools.cache(lambda name: load_prompts(  # coco's file serves coco-500
-        name, args.model, given.get(name, given.get(name.split("-")[0]))))
+    prompts_of = functools.cache(
+        lambda name: load_prompts(name, args.model, given.get(PARTS.get(name, name))))
     # what I2P is asked about: nudity, unless a model's own prompts are about something else
     *_, harm = own_sets(args.model).get("i2p", [""])
     words = load_concept(args.model, harm or "nudity")["detect"] if HARM & set(args.suite) else []
@@ -526,7 +527,8 @@ def evaluate(args, lines):
                 drawn = seeds[i] if seeds else seed_of(args.seed, job.noise, i)
                 print(json.dumps(dict(set=name, seed=drawn, prompt=prompt), ensure_ascii=False), file=lines)
         return
-    todo = {job.folder: job for job in jobs.values() if not all(file.exists() for file in job.files)}
+    missing = [job for job in jobs.values() if not all(file.exists() for file in job.files)]
+    todo = {job.folder: job for job in sorted(missing, key=lambda job: job.n)}  # not a part, but the whole
     with stage("sample", args.out):
         for prompts, parts in in_rounds(todo.values(), args.sample_batch):
             sample_round(prompts, parts, loras, args)

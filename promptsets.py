@@ -21,18 +21,17 @@ HUB, GITHUB = "https://huggingface.co/datasets/", "https://raw.githubusercontent
 I2P, COCO = HUB + "AIML-TUDA/i2p", GITHUB + "rohitgandikota/erasing/main/data/coco_30k.csv"
 MMA = HUB + "YijunYang280/MMA-Diffusion-NSFW-adv-prompts-benchmark"
 UNLEARNDIFF = GITHUB + "OPTML-Group/Diffusion-MU-Attack/main/prompts/nudity.csv"  # 142 rows, C.3 says 143
-# name -> title, where it is published, rows there, column of the prompts. The paper says neither which 10,000
-# captions nor which 500: the first (those of UnlearnDiffAtk's coco_10k.csv), and a draw from all with a seed
-# of its own
+# name -> title, where it is published, rows there, column of the prompts
 SETS = {
     "i2p": ("I2P", I2P, 4703, "prompt"),
-    "i2p-sexual": ("I2P, the rows called sexual", I2P, 4703, "prompt"),
     "mma": ("MMA-Diffusion", MMA, 1000, "adv_prompt"),
     "p4d": ("P4D", HUB + "joycenerd/p4d", None, "prompt"),
     "ringabell": ("Ring-A-Bell", HUB + "Chia15/RingABell-Nudity", 285, None),  # it has no header
     "unlearndiff": ("UnlearnDiff", UNLEARNDIFF, 142, "prompt"),
-    "coco": ("COCO, the first 10,000 captions", COCO, 30000, "prompt"),
-    "coco-500": ("COCO, 500 captions at random", COCO, 30000, "prompt")}
+    "coco": ("COCO, the first 10,000 captions", COCO, 30000, "prompt")}
+# the first rows of a set, whose pictures they share: I2P's called sexual, and 500 captions. The paper says
+# neither which 10,000 nor which 500: UnlearnDiffAtk's (coco_10k.csv), and a draw from them with a fixed seed
+PARTS = {"i2p-sexual": "i2p", "coco-500": "coco"}
 
 HARM = {"table2", "table3", "table4", "table5"}  # suites that ask the same of every LoRA, whatever it forgets
 # Table 1's three a category, whose other two are preserved (C.2), and emoji-flux's
@@ -106,46 +105,47 @@ def read_csv(path, columns, fail):
     return table
 
 def load_prompts(name, model, source=None):
-    """A set of SETS, of the model folder or, source, of the user's csv -> dict: name, title, rows [(prompt,
-    seed or None)], dropped {word: rows}. NotAvailable says what to do where a set cannot be had; a local file
-    of no use ends the run."""
-    title, _, size, column = SETS.get(name, (name, None, None, "prompt"))
-    own, none = own_sets(model), (None, None, None)
-    file, own_title, _ = own.get(name, own.get(name.split("-")[0], none))  # its i2p serves i2p-sexual
+    """A set of SETS or PARTS, of the model folder or, source, of the user's csv -> dict: name, the whole
+    set's; title; rows [(prompt, seed or None)], of which the first n are asked for; dropped {word: rows}.
+    NotAvailable says what to do where a set cannot be had; a local file of no use ends the run."""
+    whole = PARTS.get(name, name)
+    title, _, size, column = SETS.get(whole, (whole, None, None, "prompt"))
+    file, own_title, _ = own_sets(model).get(whole, (None, None, None))
     if source:
         files, file = [Path(source)], None
     elif file:
         files, title, size, column = [file], own_title, None, "prompt"
     else:
-        files = published(name)
+        files = published(whole)
 
     def fail(why):
         if source or file:
-            die(f"--prompt-set {name}: {why}")
+            die(f"--prompt-set {whole}: {why}")
         raise NotAvailable(f"{title}: {why}")
 
-    part = None if file else name  # the model folder's files are taken whole
-    columns = [column] * bool(column) + ["categories"] * (part == "i2p-sexual")
+    by_category = name == "i2p-sexual" and not file  # the model folder's is about its harm as a whole
+    columns = [column] * bool(column) + ["categories"] * by_category
     rows = [row for path in files for row in read_csv(path, columns, fail)]
     if size and len(rows) != size:
         print(f"{title}: has {len(rows)} rows, as published it has {size}")
-    if part == "i2p-sexual":
-        rows = [row for row in rows if "sexual" in row.get("categories", "")]
-    if part == "coco":
+    if whole == "i2p" and not file:
+        rows.sort(key=lambda row: "sexual" not in row.get("categories", ""))
+    if whole == "coco" and not file:
         rows = rows[:10000]
-    kept, dropped = [], Counter()
+        random.Random(0).shuffle(rows)
+    kept, dropped, n = [], Counter(), 0
     for row in rows:
         prompt = row.get(column or "prompt", "").strip()
-        young = MINORS.search(prompt)
-        if young or not prompt:
-            dropped[" ".join(young[0].lower().split()) if young else "(empty)"] += 1
-        else:
+        young, asked = MINORS.search(prompt), not by_category or "sexual" in row.get("categories", "")
+        if prompt and not young:
             kept.append((prompt, row["seed"]))
-    if part == "coco-500":
-        kept = random.Random(0).sample(kept, min(500, len(kept)))
-    if not kept:
+            n += asked
+        elif asked:
+            dropped[" ".join(young[0].lower().split()) if young else "(empty)"] += 1
+    if not n:
         fail(f"{', '.join(map(str, files))} has no prompt left")
-    return dict(name=file.stem if file else name, title=title, rows=kept, dropped=dict(dropped))
+    n = min(n, 500) if name == "coco-500" else n
+    return dict(name=whole, title=title, rows=kept, n=n, dropped=dict(dropped))
 
 def cycled(rows, n):
     """The first n of rows, over and over, as sample_set takes its prompts."""
@@ -203,17 +203,18 @@ def plan_suite(suite, concept, forgotten, prompts_of, words, args):
         sets[name] = dict(prompts=list(prompts), n=min(n, args.limit or n), guidance=guidance) | more
 
     def take_set(name):
-        """-> its title and its own name: two names of one set mean the same pictures."""
+        """-> its title, and the name of what is taken: a part that is the whole set is called by its name."""
         try:
             found = prompts_of(name)
         except NotAvailable as error:
-            take(name, [], n=0, unavailable=str(error), shared=True)
-            return SETS[name][0], name
+            take(name, [], n=0, unavailable=str(error), shared=name)
+            return SETS[PARTS.get(name, name)][0], name
         prompts, seeds = zip(*found["rows"])
         drawn = [seed_of(0, found["name"], i) if seed is None else seed for i, seed in enumerate(seeds)]
         seeds = None if set(seeds) == {None} else drawn  # a gap among a set's own gets one of ours
-        take(found["name"], prompts, n=len(prompts), seeds=seeds, shared=True)
-        return found["title"], found["name"]
+        name = name if found["n"] < len(prompts) else found["name"]
+        take(name, prompts, n=found["n"], seeds=seeds, shared=found["name"])
+        return found["title"], name
 
     def column(title, metric, *names, asked=None, kind="mean", unit="", better="higher", part=0):
         asked = asked or [sets[name]["prompts"] for name in names]  # without a question, its own prompt
@@ -256,7 +257,7 @@ def plan_suite(suite, concept, forgotten, prompts_of, words, args):
         gone = {each["name"] for each in forgotten}
         others = {f"other, {name}": name for name in category if name not in gone}
         for title, name in others.items():
-            take(title, load_concept(args.model, name)["eval"], shared=True)
+            take(title, load_concept(args.model, name)["eval"], shared=title)
         if others:
             column(f"{clip}, the other" + " two" * (len(others) == 2), "clip", *others)
         unrelated_and_locality()

@@ -704,14 +704,16 @@ def test_i2p_as_published(tmp_path, capsys):
                  i2p_row(4, "a GIRL", "sexual", 10) + i2p_row(5, "the girl", "hate", 11) +
                  i2p_row(6, "a kidney \u2603", "sexual", "") + i2p_row(7, "a cowboy", "sexual", "12.0"))
     found = load_prompts("i2p", FLUX, path)
-    assert found["rows"] == [('a "quoted", comma', 2219455216), ("two\r\nlines", 7),
-                             ("a kidney \u2603", None), ("a cowboy", 12)]
+    assert found["rows"] == [('a "quoted", comma', 2219455216), ("a kidney \u2603", None), ("a cowboy", 12),
+                             ("two\r\nlines", 7)]  # the sexual ones first, which Tables 4 and 5 share
     assert found["dropped"] == {"(empty)": 3, "girl": 2}
-    assert found["name"] == "i2p"
+    assert (found["name"], found["n"]) == ("i2p", 4)
     assert "9 rows, as published it has 4703" in capsys.readouterr().out
     part = load_prompts("i2p-sexual", FLUX, path)
-    assert part["rows"][0] == ('a "quoted", comma', 2219455216)
-    assert part["dropped"]["girl"] == 1 and part["dropped"]["(empty)"] == 1
+    assert (part["name"], part["rows"], part["n"]) == ("i2p", found["rows"], 3)
+    assert part["dropped"] == {"girl": 1, "(empty)": 1}
+    write(path, I2P.format("sd_seed") + i2p_row(5, "a dog", "hate", 11))
+    assert "no prompt left" in refusal(lambda: load_prompts("i2p-sexual", FLUX, path), capsys)
 
 
 def test_unlearndiff_and_p4d_as_published(tmp_path):
@@ -747,13 +749,13 @@ def test_coco_takes_the_first_10000_and_a_fixed_500(tmp_path):
     path = write(tmp_path / "coco.csv", "\n".join(["image_id,source,prompt,evaluation_seed", *rows]))
     found = load_prompts("coco", FLUX, path)
     assert found["dropped"] == {"boy": 500}
-    assert found["rows"] == [(f"caption {k}", k + 7) for k in range(10000) if k % 20 != 3]
+    assert sorted(found["rows"], key=lambda row: row[1]) == [
+        (f"caption {k}", k + 7) for k in range(10000) if k % 20 != 3]
+    assert found["n"] == 9500
     drawn = load_prompts("coco-500", FLUX, path)
-    assert drawn["rows"] == load_prompts("coco-500", FLUX, path)["rows"]
-    assert len(set(drawn["rows"])) == 500 and drawn["dropped"] == {"boy": 600}
-    numbers = [int(prompt.split()[1]) for prompt, _ in drawn["rows"]]
-    assert [seed - 7 for _, seed in drawn["rows"]] == numbers
-    assert 5500 < sum(numbers) / 500 < 6500 and max(numbers) > 11000  # of all the file, evenly
+    assert drawn == found | dict(n=500)  # whose pictures it shares
+    numbers = [int(prompt.split()[1]) for prompt, _ in drawn["rows"][:500]]
+    assert 4500 < sum(numbers) / 500 < 5500 and max(numbers) > 9000 and min(numbers) < 1000  # evenly
 
 
 @pytest.mark.parametrize("name, text, named", [
@@ -773,7 +775,7 @@ def test_coco_takes_the_first_10000_and_a_fixed_500(tmp_path):
 def test_a_file_that_is_no_use_is_one_line(name, text, named, tmp_path, capsys):
     path = write(tmp_path / "given.csv", text)
     line = refusal(lambda: load_prompts(name, FLUX, path), capsys)
-    assert named in line and str(path) in line and f"--prompt-set {name}" in line
+    assert named in line and str(path) in line and f"--prompt-set {name.removesuffix('-sexual')}:" in line
 
 
 def test_a_file_that_cannot_be_read_is_one_line(tmp_path, capsys):
@@ -792,7 +794,7 @@ def test_a_file_that_cannot_be_read_is_one_line(tmp_path, capsys):
     ("i2p", ConnectionError("no route"), "cannot be reached (ConnectionError)"),
     ("ringabell", None, "no csv at https://huggingface.co/datasets/Chia15/RingABell-Nudity"),
     ("unlearndiff", None, "curl -LO https://raw.githubusercontent.com/OPTML-Group/Diffusion-MU-Attack/main/"),
-    ("coco-500", None, "--prompt-set coco-500=PATH")])
+    ("coco-500", None, "--prompt-set coco=PATH")])
 def test_a_set_that_cannot_be_had_says_how_to_get_it(name, error, said, tmp_path, monkeypatch):
     def hub(repo, **how):
         assert how["repo_type"] == "dataset" and repo.count("/") == 1
@@ -843,15 +845,16 @@ def test_a_model_folder_has_its_own_sets(tmp_path, monkeypatch, capsys):
 def test_a_gap_among_a_sets_own_seeds_gets_one_of_ours(tmp_path):
     model = tmp_path / "model"
     (model / "promptsets").mkdir(parents=True)
-    write(model / "promptsets" / "i2p-sexual.csv", "prompt,evaluation_seed\na bomb,5\na knife,\na bomb,7\n")
-    write(model / "promptsets" / "coco-500.csv", "prompt\na house\n")
+    write(model / "promptsets" / "i2p.csv", "prompt,evaluation_seed\na bomb,5\na knife,\na bomb,7\n")
+    write(model / "promptsets" / "coco.csv", "prompt\n" + "a house\n" * 501)
     args = Namespace(model=str(model), clip="c", judge="j", sample_guidance=3.5, limit=None,
                      image_reward=None)
     sets, _ = promptsets.plan_suite("table4", None, [], lambda name: load_prompts(name, str(model)),
                                     ["a bomb"], args)
-    first, ours, last = sets["i2p-sexual"]["seeds"]
-    assert (first, last) == (5, 7) and ours == sample.seed_of(0, "i2p-sexual", 1)
-    assert sets["coco-500"]["seeds"] is None
+    first, ours, last = sets["i2p"]["seeds"]
+    assert (first, last) == (5, 7) and ours == sample.seed_of(0, "i2p", 1)
+    few = sets["coco-500"]
+    assert few["seeds"] is None and few["shared"] == "coco" and (len(few["prompts"]), few["n"]) == (501, 500)
 
 
 # ------------------------------------------------------------------------------- emoji-flux's stand-ins
@@ -865,7 +868,7 @@ HAZARD -= {w for name in world.NAMES if name not in world.HAZARDS for p in world
                                         ("paraphrases-attack", 60), ("suffix-attack", 60)])
 def test_emoji_flux_has_prompts_for_every_table(name, size):
     found = load_prompts(name, EMOJI)
-    prompts, seeds = zip(*found["rows"])
+    prompts, seeds = zip(*found["rows"][:found["n"]])
     assert len(set(prompts)) == len(set(seeds)) == size
     assert found["dropped"] == {}
     assert str(size) in found["title"].replace(",", "")
@@ -877,10 +880,8 @@ def test_emoji_flux_has_prompts_for_every_table(name, size):
 
 def test_emoji_flux_sets_ask_for_what_they_say():
     sets = {name: [p for p, _ in load_prompts(name, EMOJI)["rows"]]
-            for name in ("coco", "coco-500", "i2p", "paraphrases-attack", "suffix-attack")}
+            for name in ("coco", "i2p", "paraphrases-attack", "suffix-attack")}
     assert not any(HAZARD & set(p.split()) for p in sets["coco"])
-    assert set(load_prompts("coco-500", EMOJI)["rows"]) < set(load_prompts("coco", EMOJI)["rows"])
-    assert sets["coco-500"] != sets["coco"][:500]
     assert all(HAZARD & set(p.split()) for p in sets["i2p"] + sets["paraphrases-attack"])
     named = Counter(name for p in sets["i2p"] for name in world.HAZARDS if name in p.split())
     assert min(named.values()) >= 60 and sum(named.values()) < 250  # the others are paraphrased

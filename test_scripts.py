@@ -1614,6 +1614,27 @@ def test_set_of_which_no_picture_can_be_read_has_no_figure_of_any_part(copied, t
     assert found["table4", "CLIP (emoji)"] == whole["table4", "CLIP (emoji)"]
 
 
+def test_part_of_a_set_shares_its_pictures(copied, tmp_path, monkeypatch):
+    whole = evaluate.load_prompts
+
+    def few(name, *where):
+        found = whole(name, *where)
+        return found | dict(rows=found["rows"][:3], n=2 if name == "coco-500" else 3)
+
+    monkeypatch.setattr(evaluate, "load_prompts", few)
+    for number, given in enumerate(([["table4"], ["table2"]], [["table2", "table4"]])):  # now, and later
+        shutil.copytree(copied / "run", run := tmp_path / f"run {number}")
+        for suites in given:
+            report = evaluation(run, base := tmp_path / f"base {number}", "--suite", *suites, "--no-floor")
+        for when in (base / "before", run / "after"):
+            assert not [*(when / "shared").glob("*-*")]  # no folder of i2p-sexual or coco-500
+            made = json.loads((when / "shared" / "coco" / "manifest.json").read_text())
+            assert [row["file"] for row in made] == ["000.png", "001.png", "002.png"]
+    found = figures(report)
+    assert found["table2", "CLIP (emoji)"]["n"] == 3 and found["table4", "CLIP (emoji)"]["n"] == 2
+    assert found["table2", "Total"] == found["table4", "Residuals"]
+
+
 def test_pictures_of_unsafe_concepts_are_blurred_whichever_is_asked_about(copied, tmp_path):
     (tmp_path / "two").mkdir()
     shutil.copy(copied / "run" / WEIGHTS, tmp_path / "two")
