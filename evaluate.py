@@ -200,7 +200,8 @@ def check_loras(loras, model):
 
 def own_files(folder, one, name, alone):
     """Pictures made elsewhere of a set, in the order of its prompts; fewer than those are refused."""
-    folder = folder / name if (folder / name).is_dir() or not alone else folder
+    found = [folder / part for part in (name, one.get("shared", name)) if (folder / part).is_dir()]
+    folder = found[0] if found else folder if alone else folder / name
     said = cycled(one["prompts"], one["n"])
     if (manifest := folder / "manifest.json").exists():
         try:
@@ -442,11 +443,12 @@ def against(rows):
 def make_grids(rows, jobs, concepts, args):
     """The first pictures of each set, before and after; under --compare all LoRAs one below the other."""
     for group in [rows] if args.compare else [[row] for row in rows]:
-        row = group[0]
+        row, seen = group[0], set()
         for name, one in row["sets"].items():
             columns = [c for c in row["columns"] if name in c["sets"]]
-            if "unavailable" in one or not columns:
-                continue
+            if "unavailable" in one or not columns or (same := one.get("shared", name)) in seen:
+                continue  # a part of a set begins like the whole
+            seen.add(same)
             nsfw = "nsfw" in (concepts[name]["task"] for name in row["forgotten"])
             unsafe = any(c["metric"] == "harm" or nsfw and c["metric"] == "judge" and c["better"] == "lower"
                          for c in columns)

@@ -94,8 +94,8 @@ def frechet_distance(a, b):
 
 def frechet_summary(a, b, parts=10):
     """Their distance as a dict(value, low, high, n). The 95 % interval is the jackknife's, each tenth of both
-    sets left out in turn, with Student's t of 9 degrees; there is none under 20 pictures. It is about the
-    expectation at this n, which falls towards the true distance as n grows: compare equal n only."""
+    sets left out in turn, with Student's t of 9 degrees: up to half too wide where features are many, none
+    under 20 pictures. It is about the expectation at this n, which falls as n grows: compare equal n only."""
     value, n, low, high = frechet_distance(a, b), min(len(a), len(b)), None, None
     if n >= 2 * parts:
         left = [frechet_distance(*(np.delete(x, np.s_[k::parts], 0) for x in (a, b))) for k in range(parts)]

@@ -1,6 +1,6 @@
 """What an evaluation asks for, and about: the paper's prompt sets, and which of them a suite takes.
 
-    load_prompts("i2p-sexual", "black-forest-labs/FLUX.1-dev")["rows"]     # [(prompt, its own seed or None)]
+    load_prompts("mma", "black-forest-labs/FLUX.1-dev")["rows"]     # [(prompt, its own seed or None)]
 
 I2P, four red-team sets (C.3) and COCO; none is kept here. A set is the user's csv file, else the model
 folder's promptsets/NAME.csv, else the hub's, with the user's token. Rows that mention minors (sample.py's

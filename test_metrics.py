@@ -1175,7 +1175,7 @@ def test_report_a_difference_as_large_as_the_seeds_is_grey(tmp_path):
     cells = [cell("table4", "a", str(d), 50.0, 50.0 + d, floor=0, unit="%") | dict(floor=floor)
              for d in (0.0, -4.0, 3.9, -4.1, 4.1)]
     made["cells"] = cells + [cell("table4", "a", "no floor", 50.0, 50.0, floor=0) | dict(floor=None)]
-    made["cells"] += [cell("table4", "b", "0.0", 0, 2.0, unit="%") | dict(  # a Frechet distance: no intervals
+    made["cells"] += [cell("table4", "b", "0.0", 0, 2.0, unit="%") | dict(  # too few pictures for an interval
         difference=dict(value=2.0, low=None, high=None, n=9),
         floor=dict(value=3.0, low=None, high=None, n=9))]
     parsed = Page(written(made, tmp_path))

@@ -996,8 +996,9 @@ def test_schnell_has_no_guidance_and_goes_through_the_same_code(tmp_path):
     kept = {k: v for k, v in load_file(weights).items() if "guidance_embedder" not in k}
     save_file(kept, weights, metadata={"format": "pt"})
     out = drawn_cats(tmp_path / "cat")
-    run_train(out, "--model", str(model), "--n-preserve", "1", "--batch", "2", "--steps", "2")
-    assert load_file(out / WEIGHTS)
+    few = ["--n-preserve", "1", "--batch", "2", "--steps", "2"]
+    run_train(out, "--model", str(model), "--offload", *few, pictures=True)
+    assert load_file(out / WEIGHTS) and (out / "before_after.png").exists()
 
 
 def test_several_concepts_take_turns_and_are_never_preserved(tmp_path, capsys):
@@ -1630,7 +1631,11 @@ def test_part_of_a_set_shares_its_pictures(copied, tmp_path, monkeypatch):
             assert not [*(when / "shared").glob("*-*")]  # no folder of i2p-sexual or coco-500
             made = json.loads((when / "shared" / "coco" / "manifest.json").read_text())
             assert [row["file"] for row in made] == ["000.png", "001.png", "002.png"]
-    found = figures(report)
+    found, grids = figures(report), [grid["set"] for grid in report["grids"]]
+    assert grids.count("coco") == 1 and "coco-500" not in grids
+    part = dict(prompts=[prompt for prompt, _ in few("coco", EMOJI)["rows"]], n=2, shared="coco")
+    mine = evaluate.own_files(base / "before" / "shared", part, "coco-500", False)
+    assert mine == [base / "before" / "shared" / "coco" / f"00{i}.png" for i in range(2)]
     assert found["table2", "CLIP (emoji)"]["n"] == 3 and found["table4", "CLIP (emoji)"]["n"] == 2
     assert found["table2", "Total"] == found["table4", "Residuals"]
 
@@ -1704,7 +1709,7 @@ def test_lora_of_a_concept_without_a_file_is_asked_what_is_not_about_it(copied, 
     ("--lora {run} --suite table9", "table9"), ("--lora {run} --compare {run}", "not allowed"),
     ("--lora {other}", "was trained on another/base, not on"), ("--images {run}", "needs one --concept"),
     ("--lora {bare}", "--concept is missing"), ("--lora {run} --limit 0", "--limit"),
-    ("--lora {run} --suite table2 --prompt-set coco={bare}/words.csv", "has no column prompt"),
+    ("--lora {run} --suite table4 --prompt-set coco={bare}/words.csv", "has no column prompt"),
     ("--lora {run} --suite table8", "forget several concepts"),
     ("--lora {run} --suite table2 --prompt-set cocoo=x", "cocoo"),
     ("--lora {bare} --concept gnome --task ip --suite table1 table4", "table1 asks about the"),
