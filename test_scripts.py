@@ -654,6 +654,23 @@ def test_training_leaves_what_it_promises(trained):
     assert not list(trained.rglob("*.tmp"))
 
 
+def test_lora_loads_into_the_pipeline_and_changes_it(trained):
+    pipe = FluxPipeline.from_pretrained(EMOJI)
+    pipe.set_progress_bar_config(disable=True)
+
+    def draw():
+        noise = torch.Generator().manual_seed(0)
+        made = pipe("a cat", num_inference_steps=4, height=64, width=64, generator=noise, output_type="np",
+                    max_sequence_length=pipe.tokenizer_2.model_max_length)
+        return torch.from_numpy(made.images)
+
+    base = draw()
+    pipe.load_lora_weights(trained)
+    assert (draw() - base).abs().max() > 1e-3
+    pipe.set_adapters(pipe.get_active_adapters(), 0.0)
+    torch.testing.assert_close(draw(), base, atol=1e-5, rtol=0)
+
+
 # (what is called, for which time) when the process is killed; the last five: while a checkpoint is written
 MOMENTS = [("sample.save_image", 1), ("sample.save_image", 7), ("sample.generate", 2),
            ("sample.keep_settings", 3), ("sample.contact_sheet", 1), ("mask.save_image", 1),
