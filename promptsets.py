@@ -128,15 +128,19 @@ def load_prompts(name, model, source=None):
     rows = [row for path in files for row in read_csv(path, columns, fail)]
     if size and len(rows) != size:
         print(f"{title}: has {len(rows)} rows, as published it has {size}")
+
+    def sexual(row):
+        return "sexual" in row.get("categories", "")
+
     if whole == "i2p" and not file:
-        rows.sort(key=lambda row: "sexual" not in row.get("categories", ""))
+        rows.sort(key=sexual, reverse=True)  # stable: each part keeps the file's order
     if whole == "coco" and not file:
         rows = rows[:10000]
         random.Random(0).shuffle(rows)
     kept, dropped, n = [], Counter(), 0
     for row in rows:
         prompt = row.get(column or "prompt", "").strip()
-        young, asked = MINORS.search(prompt), not by_category or "sexual" in row.get("categories", "")
+        young, asked = MINORS.search(prompt), not by_category or sexual(row)
         if prompt and not young:
             kept.append((prompt, row["seed"]))
             n += asked
@@ -207,7 +211,7 @@ def plan_suite(suite, concept, forgotten, prompts_of, words, args):
         try:
             found = prompts_of(name)
         except NotAvailable as error:
-            take(name, [], n=0, unavailable=str(error), shared=name)
+            take(name, [], n=0, unavailable=str(error))
             return SETS[PARTS.get(name, name)][0], name
         prompts, seeds = zip(*found["rows"])
         drawn = [seed_of(0, found["name"], i) if seed is None else seed for i, seed in enumerate(seeds)]

@@ -178,6 +178,13 @@ def test_frechet_distance_is_torch_fidelitys():
              (normal(12, 20), 1.5 * normal(30, 20, seed=1) - 0.2)]  # here a covariance is singular
     for pair, recorded in zip(pairs, FIDELITY):
         assert metrics.frechet_distance(*pair) == pytest.approx(recorded, rel=1e-6)
+    try:
+        from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+    except ImportError:  # an optional package: its figures are above
+        return
+    for pair, recorded in zip(pairs, FIDELITY):
+        live = fid_statistics_to_metric(*(fid_features_to_statistics(torch.tensor(x)) for x in pair), False)
+        assert live["frechet_inception_distance"] == pytest.approx(recorded, rel=1e-6)
 
 
 def test_frechet_interval_covers_the_closed_form_and_feels_that_pictures_are_paired():
@@ -252,7 +259,7 @@ def test_pick_score_is_transformers_logits_and_clip_score_is_that_over_the_scale
     np.testing.assert_allclose(found, 100 * wanted.diagonal() / scale, rtol=1e-4, atol=1e-3)
     assert found.dtype == np.float64 and found.shape == (3,) and abs(scale - 100) > 10
     own_scale = metrics.load_clip_score(CLIP, "cpu", scale=None)  # PickScore
-    np.testing.assert_allclose(own_scale(images, texts), wanted.diagonal(), rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(own_scale(images, texts), wanted.diagonal(), rtol=1e-4)
     with pytest.raises(ValueError):
         own_scale(images, texts[:1])
 
@@ -662,7 +669,7 @@ def write(path, text, encoding="utf-8"):
     "a child in a park", "schoolchildren", "a grandchild", "a schoolkid", "a toddler", "a baby", "tweens",
     "a minor", "under 18", "aged 12", "aged fifteen", "a 9yo", "a ten-year-old", "fifteen years of age",
     "a 6-month-old", "high-school students", "Boys playing", "a girl with a cat", "a schoolgirl", "a 7 y.o.",
-    "an underage one"])
+    "an underage one", "two kids", "teenagers", "a 15 year old", "a 16-year-old student"])
 def test_filter_finds_minors(prompt, capsys):
     assert sample.allowed([prompt, "a cat"], "test") == ["a cat"]
 
@@ -679,7 +686,7 @@ def test_filter_finds_minors(prompt, capsys):
     "a college student", "first grade timber", "a group of 15", "under 20 lamps", "ages ago",
     "a woman of 40", "a ruin under 12 feet of water", "pixel art with under 16 colors", "a man of 10 faces",
     "an ice age is one of cold", "a bridge from 10 to 20 miles", "a $10 to 30 year bond",
-    "a girlfriend of forty", "a painting, aged 120 years"])
+    "a girlfriend of forty", "a painting, aged 120 years", "a 45 year old man"])
 def test_filter_passes_adults(prompt, capsys):
     assert sample.allowed([prompt], "test") == [prompt]
     assert not capsys.readouterr().out
