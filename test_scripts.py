@@ -148,8 +148,11 @@ def test_bad_input_is_one_line_and_writes_nothing(given, named, tmp_path, capsys
 
 
 def test_interrupt_during_the_imports_is_quiet():
+    def hear():  # a shell has its background jobs, perhaps these tests, ignore it
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
     working = subprocess.Popen([sys.executable, "train.py", "--model", "none", "--concept", "cat"], cwd=ROOT,
-                               stderr=subprocess.PIPE, text=True)
+                               stderr=subprocess.PIPE, text=True, preexec_fn=hear)
     time.sleep(1)  # the imports take some five
     working.send_signal(signal.SIGINT)
     assert working.communicate()[1] == "" and working.returncode == 130
