@@ -318,6 +318,11 @@ def missing_part(folder):
             return path
     return None
 
+def count_weights(path):
+    """Of a safetensors file, by its header."""
+    with safe_open(path, "pt") as file:
+        return sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())
+
 def check_model(args):
     """Refuse, in this order: not here and no network; no licence; does not fit; size -> pixels a side, and
     what tells the weights from others of the same name.
@@ -343,7 +348,7 @@ def check_model(args):
             refuse(f"{missing} is missing or cannot be read")
         paths = sorted(p for p in folder.glob("*/*.safetensors")  # not a LoRA that somebody keeps there
                        if (p.parent / "config.json").exists())
-        files = [(p.parent.name, p.stat().st_size) for p in paths]
+        files = [(path.parent.name, count_weights(path)) for path in paths]
         weights = fingerprint(paths + sorted(folder.glob("*.pth"))) if here else folder.name  # its commit
     else:
         try:
@@ -360,14 +365,14 @@ def check_model(args):
             cut = f" whole, {missing} is missing or cannot be read" if folder.is_dir() else ""
             refuse(f"no folder here, not cached{cut}, and the hub cannot be reached "
                    f"({type(error).__name__}): connect, or pass a folder")
-        files = [(f.rfilename.split("/")[0], f.size) for f in info.siblings
+        files = [(f.rfilename.split("/")[0], f.size / 2) for f in info.siblings  # two bytes a weight there
                  if re.fullmatch(r"[^/]+/[^/]+\.safetensors", f.rfilename)]
         weights = info.sha
     if not files:
         refuse("has no */*.safetensors")
     count = Counter()
-    for part, n_bytes in files:
-        count[part] += n_bytes / 2  # on disk a weight is two bytes
+    for part, n in files:
+        count[part] += n
     for part, n in count.most_common() if "quantize" in args else ():  # mask.py loads none of them
         where = "cpu" if part == "transformer" and args.offload else device
         free = torch.cuda.mem_get_info()[0] if where == "cuda" else psutil.virtual_memory().available
