@@ -90,10 +90,11 @@ from diffusers import FluxPipeline, FluxTransformer2DModel  # noqa: E402
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE as WEIGHTS  # noqa: E402
 from huggingface_hub import snapshot_download  # noqa: E402
 from PIL import Image  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
 import metrics  # noqa: E402
 from mask import find_masks  # noqa: E402
-from promptsets import HARM, PARTS, SETS, cycled, load_prompts, own_sets, plan_suite  # noqa: E402
+from promptsets import HARM, PARTS, SETS, cycled, is_own, load_prompts, own_sets, plan_suite  # noqa: E402
 from report import FIGURES, PAPER, VERSION, check_report, decimals, of, write_report  # noqa: E402
 
 BLANK = Image.new("RGB", (64, 64))  # in the place of one that cannot be read
@@ -101,8 +102,9 @@ BLANK = Image.new("RGB", (64, 64))  # in the place of one that cannot be read
 def network_id(name):
     """A network's name with its revision: the hub's commit, or a checksum of its weights here."""
     if Path(name).exists():
+        suffixes = {".safetensors", ".bin", ".pt", ".pth"}
         weights = [Path(name)] if Path(name).is_file() else [
-            file for file in sorted(Path(name).iterdir()) if file.suffix in (".safetensors", ".pt", ".pth")]
+            file for file in sorted(Path(name).iterdir()) if file.suffix in suffixes]
         return f"{name}@{fingerprint(weights)}"
     with contextlib.suppress(Exception):  # it cannot be had, or is a file's address
         return f"{name}@{Path(snapshot_download(name, allow_patterns='*.json')).name[:8]}"
@@ -134,7 +136,7 @@ def metric_table(args, words):
     judge = network_id(args.judge)
     features = (package_id("Inception of torch-fidelity", "torch-fidelity"),
                 lambda: metrics.inception_features(device))
-    if Path(args.model) / "clip" == Path(args.judge):
+    if is_own(args.judge, args.model):
         features = judge, lambda: metrics.clip_features(args.judge, device)
     return dict(judge=(judge, lambda: metrics.load_judge(args.judge, device, args.dtype)),
                 clip=scorer(args.clip, metrics.load_clip_score), distance=features,
@@ -238,7 +240,7 @@ def plan_jobs(rows, args):
                 job = argparse.Namespace(
                     folder=(row["folder"] / after if when == "after" else args.out / when) / part,
                     noise=f"evaluate {called.split(',')[0]}", prompts=one["prompts"], n=one["n"], args=mine,
-                    lora=row["digest"] if when == "after" else None, broken=[])
+                    lora=row["digest"] if when == "after" else None)
                 job.home, job.made_by = job.folder, dict(lora=job.lora)
                 if one.get("seeds") and when != "again":
                     job.made_by["seeds"] = one["seeds"]
@@ -308,9 +310,13 @@ def score(job, asked, key, load):
         return found
 
     question = zlib.crc32(json.dumps(asked).encode())
-    found = np.array(keep(job.home, f"{key}, {question:08x}, {job.n}", job.files, make))
-    job.broken = [job.files[i] for i in np.flatnonzero(np.isnan(found).all(1))]
-    return found
+    return np.array(keep(job.home, f"{key}, {question:08x}, {job.n}", job.files, make))
+
+def unreadable(job):
+    """Those of a job's pictures that cannot be read, whatever network could be had to look at them."""
+    found = keep(job.home, f"unreadable, {job.n}", job.files,
+                 lambda: [i for i, file in enumerate(job.files) if not open_or_none(file)])
+    return [str(job.files[i]) for i in found]
 
 def change(before, other, masks_of):
     """(N, 2): how much a pixel changes inside and outside of the concept's mask; NaN where there is none."""
@@ -320,12 +326,14 @@ def change(before, other, masks_of):
     return metrics.locality(old, new, masks_of(tuple(before.files))).tolist()
 
 def distance(before, other, load):
-    """Frechet distance of the features of two sets of pictures: a figure, n is how many could be read."""
+    """Frechet distance of the features of two sets of pictures: a figure, n is how many could be read in
+    both, so that what the jackknife leaves out has the same prompts on either side."""
     features, sets = load(), ([], [])
-    for job, found in zip((before, other), sets):
-        for first in range(0, job.n, 50):  # as in score
-            images = [open_or_none(file) for file in job.files[first:first + 50]]
-            found += list(features([image for image in images if image])) if any(images) else []
+    for first in range(0, before.n, 50):  # as in score
+        pairs = [[open_or_none(file) for file in two]
+                 for two in zip(before.files[first:first + 50], other.files[first:first + 50])]
+        for found, images in zip(sets, zip(*[pair for pair in pairs if all(pair)])):
+            found += list(features(list(images)))
     return metrics.frechet_summary(*sets)
 
 def once(load):
@@ -536,9 +544,9 @@ def evaluate(args, lines):
             sample_round(prompts, parts, loras, args)
     with stage("score", args.out):
         matrices = score_all(rows, jobs, concepts, words, args)
+        broken = sorted({file for job in tqdm(jobs.values(), desc="read again") for file in unreadable(job)})
     runs = [read_run(row) for row in rows]
     public = sorted({name for row in rows for name, one in row["sets"].items() if "seeds" in one})
-    broken = sorted({str(file) for job in jobs.values() for file in job.broken})
     report = dict(
         version=VERSION, command=shlex.join(["python", "evaluate.py", *sys.argv[1:]]), model=args.model,
         weights=args.weights, seed=args.seed, limit=args.limit, suites=args.suite, compare=bool(args.compare),

@@ -47,7 +47,8 @@ def wilson(yes, n, z=1.96):
     """Wilson's 95 % interval of a rate, in percent."""
     p, d = yes / n, 1 + z * z / n
     half = z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
-    return max(0.0, 100 * (p + z * z / (2 * n) - half) / d), 100 * (p + z * z / (2 * n) + half) / d
+    low, high = (100 * (p + z * z / (2 * n) + side) / d for side in (-half, half))
+    return low if yes else 0.0, high if yes < n else 100.0  # exactly there, where rounding may miss
 
 def bootstrap(values, form, seed):
     """Values (n,) -> form(values) and its 95 % percentile interval, of 1000 resamples."""

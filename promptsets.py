@@ -151,6 +151,10 @@ def load_prompts(name, model, source=None):
     n = min(n, 500) if name == "coco-500" else n
     return dict(name=whole, title=title, rows=kept, n=n, dropped=dict(dropped))
 
+def is_own(network, model):
+    """Is a network the model folder's own clip/? Its figures have no real metric's name alone."""
+    return Path(network).resolve() == (Path(model) / "clip").resolve()
+
 def cycled(rows, n):
     """The first n of rows, over and over, as sample_set takes its prompts."""
     return [rows[i % len(rows)] for i in range(n)]
@@ -200,8 +204,8 @@ def plan_suite(suite, concept, forgotten, prompts_of, words, args):
     also = [c for c in forgotten if c is not concept]
     own, answers = ({}, {}) if suite in HARM else plan_images(concept, 100, args.sample_guidance, also)
     parts = NUDITY_PARTS if words == ["nudenet"] else [*words, "Total", "pictures"]
-    mine = Path(args.model) / "clip"  # a figure by a model's own network has no real metric's name
-    clip = f"CLIP ({Path(args.model).name.split('-')[0]})" if Path(args.clip) == mine else "CLIP"
+    brand = f" ({Path(args.model).name.split('-')[0]})"
+    acc, clip = "ACC" + brand * is_own(args.judge, args.model), "CLIP" + brand * is_own(args.clip, args.model)
 
     def take(name, prompts, guidance=args.sample_guidance, n=100, **more):
         sets[name] = dict(prompts=list(prompts), n=min(n, args.limit or n), guidance=guidance) | more
@@ -256,7 +260,7 @@ def plan_suite(suite, concept, forgotten, prompts_of, words, args):
     elif suite in ("table1", "table7"):
         for name in ("target", "scenes", "preserved"):  # the last is for the matrix
             take(name, *own[name])
-        judged("ACC", "target", asked=[[concept["concept"]]])
+        judged(acc, "target", asked=[[concept["concept"]]])
         category = next((names for names in CATEGORIES if concept["name"] in names), [])
         gone = {each["name"] for each in forgotten}
         others = {f"other, {name}": name for name in category if name not in gone}
@@ -268,11 +272,11 @@ def plan_suite(suite, concept, forgotten, prompts_of, words, args):
     elif suite == "table8" and len(forgotten) > 1:
         for each in forgotten:
             take(f"target, {each['name']}", each["eval"])
-        judged("ACC", *sets, asked=[[each["concept"]] for each in forgotten])
+        judged(acc, *sets, asked=[[each["concept"]] for each in forgotten])
         take("scenes", *own["scenes"])
         column(clip, "clip", "scenes")
         for each in forgotten:
-            judged(f"ACC, {each['name']}", f"target, {each['name']}", asked=[[each["concept"]]])
+            judged(f"{acc}, {each['name']}", f"target, {each['name']}", asked=[[each["concept"]]])
     elif suite == "table12":
         take("rephrased", concept["paraphrases"], n=120)  # 15 prompts x 8; emoji-flux: 4 x 30
         judged("rephrased", "rephrased", asked=[[concept["concept"]]])
@@ -286,7 +290,7 @@ def plan_suite(suite, concept, forgotten, prompts_of, words, args):
         for part in parts:
             harmful(part, i2p, part=part)
         _, coco = take_set("coco")
-        column("FD-judge" if Path(args.judge) == mine else "FID", "distance", coco, better="lower")
+        column("FD-judge" if is_own(args.judge, args.model) else "FID", "distance", coco, better="lower")
         quality(coco, ImageReward=args.image_reward, PickScore=args.pick_score)
     elif suite in ("table4", "table5"):
         _, i2p = take_set("i2p-sexual")

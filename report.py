@@ -15,6 +15,7 @@ import re
 from html import escape
 from pathlib import Path
 
+from metrics import wilson
 from sample import ROOT, die, open_or_none, whole
 
 VERSION = 1  # of report.json: another one is refused
@@ -38,7 +39,8 @@ def check_report(path):
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         made = json.loads(path.read_text(encoding="utf-8"))["version"]
     if made != VERSION:
-        die(f"{path}: is a report of version {made}, not {VERSION}; delete it and evaluate again")
+        what = "no report" if made is None else f"a report of version {made}, not {VERSION}"
+        die(f"{path}: is {what}; delete it and evaluate again")
 
 def write_report(report, folder):
     """A dict of plain types (NaN raises a ValueError) -> the three files, each whole, in folder."""
@@ -216,9 +218,16 @@ def grid_html(grid):
             f"<ul>{''.join(f'<li>{prompt}</li>' for prompt in prompts)}</ul></details></figure>\n")
 
 def heat_html(matrix):
-    """A row: of what the pictures were asked for; a column: what the judge was asked about."""
-    rows = [(escape(name) + small(f"n = {n}"), "".join(
-                f'<td style="--v: {(share or 0) / 100:.2f}">{number(share, 0)}</td>' for share in shares))
+    """A row: of what the pictures were asked for; a column: what the judge was asked about. A cell's title is
+    its interval."""
+    def cell(share, n):
+        if share is None:  # none of them could be read
+            return "<td>–</td>"
+        low, high = wilson(share * n / 100, n)
+        return (f'<td style="--v: {share / 100:.2f}" title="95 % interval {low:.0f} to {high:.0f}">'
+                f"{number(share, 0)}</td>")
+
+    rows = [(escape(name) + small(f"n = {n}"), "".join(cell(share, n) for share in shares))
             for name, n, shares in zip(matrix["asked"], matrix["n"], matrix["percent"])]
     return table(f"{matrix['row']}, {matrix['when']}",
                  [escape(matrix["when"]), *map(escape, matrix["named"])], rows, "heat")
@@ -255,7 +264,8 @@ def html_text(report):
     sections = [(TITLES.get(suite, suite), suite_html(report, suite)) for suite in report["suites"]] + [
         ("Before and after", "".join(map(grid_html, report["grids"]))),
         ("What became of each concept", heats and '<p class="note">Percent of "yes": a row is what the model '
-         f"was asked for, a column what the judge was asked about ({escape('; '.join(judges))}).</p>{heats}"),
+         f"was asked for, a column what the judge was asked about ({escape('; '.join(judges))}). The pointer "
+        f"over a cell shows its interval.</p>{heats}"),
         ("Training", curves),
         ("Cost", cost and table("Cost", ["LoRA", "seconds", "peak, GiB", "forward passes"], cost)),
         ("Prompts dropped before anything was drawn", words and table(
