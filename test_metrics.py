@@ -86,6 +86,7 @@ def test_wilson_interval():
     assert metrics.wilson(0, 100) == pytest.approx((0, 3.70), abs=0.01)
     assert metrics.wilson(50, 100) == pytest.approx((40.38, 59.62), abs=0.01)
     assert metrics.wilson(100, 100) == pytest.approx((96.30, 100), abs=0.01)
+    assert {(metrics.wilson(0, n)[0], metrics.wilson(n, n)[1]) for n in range(1, 500)} == {(0, 100)}
 
 
 def test_summary_of_a_rate_counts_what_is_above_zero_and_could_be_read():
@@ -1140,7 +1141,9 @@ def test_report_curve_rises_and_heat_grows():
     assert points[1] == "44.0,130.0 324.0,20.0"
     assert ">0<" in page.chart("dS", [0.0, 300.0], [0, 2], 0, 2) and ">step 300<" in points.string
     heat = dict(row="r", when="w", network="j", seed=0, n=[4], asked=["a"], named=["a"], percent=[[25]])
-    assert 'style="--v: 0.25">25<' in page.heat_html(heat) and "n = 4" in page.heat_html(heat)
+    low, high = metrics.wilson(1, 4)
+    ends = f'title="95 % interval {low:.0f} to {high:.0f}"'
+    assert f'style="--v: 0.25" {ends}>25<' in page.heat_html(heat) and "n = 4" in page.heat_html(heat)
 
 
 # --------------------------------------------------------------------------------------------- what is marked
@@ -1287,7 +1290,7 @@ def test_report_nan_is_never_written(tmp_path):
 @pytest.mark.parametrize("text, why", [
     ('{"version": 0, "cells": []}', f"is a report of version 0, not {page.VERSION}"),
     ('{"version": "2", "cells": []}', f"is a report of version 2, not {page.VERSION}"),
-    *[(text, "is a report of version None")
+    *[(text, "is no report")
       for text in ('{"figures": {}}', "[1, 2]", '{"version": 1', "\udcff", None)]])
 def test_report_of_another_version_is_refused(tmp_path, capsys, text, why):
     path = tmp_path / "report.json"

@@ -291,6 +291,15 @@ def test_too_large_a_model_is_refused_with_both_figures(monkeypatch, capsys):
     assert "its transformer needs 0.00 GiB; cpu has" in line  # it is as small as it gets
 
 
+def test_weights_are_counted_whatever_dtype_they_are_kept_in(tmp_path, monkeypatch, capsys):
+    shutil.copytree(ROOT / "emoji-flux", tmp_path / "whole", ignore=shutil.ignore_patterns("loras"))
+    path, = (tmp_path / "whole" / "transformer").glob("*.safetensors")
+    save_file({key: value.float() for key, value in load_file(path).items()}, path)
+    monkeypatch.setattr(sample.psutil, "virtual_memory", lambda: Namespace(available=2**20))
+    line = refusal(lambda: sample.check_model(flags(str(tmp_path / "whole"))), capsys)
+    assert "its transformer needs 0.02 GiB, 0.00 with" in line  # as of emoji-flux, which is in bfloat16
+
+
 def test_masks_need_no_room_for_the_model(monkeypatch):
     monkeypatch.setattr(sample.psutil, "virtual_memory", lambda: Namespace(available=2**20))
     args = mask.arguments(["--model", EMOJI, "--concept", "cat"])
@@ -318,6 +327,10 @@ def test_prompt_files_are_complete(model):
         assert not set(c["eval"]) & set(c["train"])
         assert not set(c["paraphrases"]) & set(c["train"] + c["eval"])
         assert not set(c["unseen"]) & set(c["neighbours"] + c["unrelated"] + c["concept"])
+        for thing in (re.sub(r" in \w+ style$", "", phrase) for phrase in c["unseen"]):
+            asked = [dict(concept=[thing], detect=[], task="")]
+            met = [p for p in c["train"] + c["preserve"] if name != "nudity" and sample.mentions(p, asked)]
+            assert not met, f"{name}: {thing} is no unseen thing"
         assert all("{}" in t for t in c["preserve"])
         assert len(set(c["paraphrases"])) == 15 or model == EMOJI or c["task"] != "ip"  # Table 12's
     if model == EMOJI:
@@ -675,7 +688,7 @@ def test_lora_loads_into_the_pipeline_and_changes_it(trained):
 
 
 # (what is called, for which time) when the process is killed; the last five: while a checkpoint is written
-MOMENTS = [("sample.save_image", 1), ("sample.save_image", 7), ("sample.generate", 2),
+MOMENTS = [("train.encode_prompts", 1), ("sample.save_image", 7), ("sample.generate", 2),
            ("sample.keep_settings", 3), ("sample.contact_sheet", 1), ("mask.save_image", 1),
            ("mask.save_image", 4), ("mask.contact_sheet", 1), ("train.encode_images", 1),
            ("train.open_image", 12), ("train.iteration", 1), ("train.iteration", 8), ("train.iteration", 12),
@@ -1038,7 +1051,7 @@ def test_several_concepts_take_turns_and_are_never_preserved(tmp_path, capsys):
     groups = train.picture_groups([sample.load_concept(EMOJI, name) for name in ("cat", "tiger")])
     assert groups["together"] == ["a cat and a tiger"] and "a tiger" not in groups["neighbours"]
     found = figures(evaluation(out, tmp_path / "base", "--suite", "table8"))
-    assert found["table8", "ACC"]["n"] == 8 and found["table8", "ACC, tiger"]["n"] == 4
+    assert found["table8", "ACC (emoji)"]["n"] == 8 and found["table8", "ACC (emoji), tiger"]["n"] == 4
     assert (tmp_path / "base" / "before" / "cat+tiger" / "target, tiger" / "003.png").exists()
     assert "give one of them" in refusal(lambda: evaluation(out, tmp_path / "base"), capsys)
 
@@ -1464,7 +1477,7 @@ def test_evaluation_of_a_run(copied, capsys):
     wanted = {"target", "preserved", "never seen", "paraphrases", "partner in a pair",
               "CLIP (emoji), unrelated"}
     assert wanted <= {c["column"] for c in report["cells"] if c["suite"] == "concept"}
-    assert {"ACC", "CLIP (emoji), the other two"} <= {c["column"] for c in report["cells"]}
+    assert {"ACC (emoji)", "CLIP (emoji), the other two"} <= {c["column"] for c in report["cells"]}
     for cell in report["cells"]:
         assert cell["unavailable"] is None and "emoji-flux" in cell["network"] and cell["seed"] == 0
         for key in ("before", "after", "difference", "floor"):
@@ -1565,7 +1578,7 @@ def test_several_loras_of_one_concept_are_compared_in_pairs(copied, tmp_path, ca
     assert "has forgotten cat: give one of them" in refusal(lambda: evaluation(None, tmp_path, *dog), capsys)
 
 
-def test_pictures_made_elsewhere_are_scored_like_a_loras(copied, tmp_path, capsys):
+def test_pictures_made_elsewhere_are_scored_like_a_loras(copied, tmp_path, monkeypatch, capsys):
     mine = tmp_path / "mine"
     given = ["--images", str(mine), "--concept", "cat", "--suite", "table12"]
     assert "holds 0 of the 4 pictures of rephrased" in refusal(
@@ -1601,6 +1614,15 @@ def test_pictures_made_elsewhere_are_scored_like_a_loras(copied, tmp_path, capsy
     assert "1 pictures cannot be read" in line and "002.png" in line
     report = json.loads((copied / "base" / "report" / "report.json").read_text())
     assert figures(report)["table12", "rephrased"]["n"] == 3 and report["broken"] == [str(broken)]
+
+    def away(*_):
+        raise evaluate.metrics.NotAvailable("no judge, connect")
+
+    monkeypatch.setattr(evaluate.metrics, "load_judge", away)
+    for file in copied.rglob("rephrased/scores.json"):
+        file.unlink()
+    line = refusal(lambda: evaluation(None, copied / "base", *given), capsys, code=1)
+    assert "1 pictures cannot be read" in line and "002.png" in line  # though nothing was asked about it
 
 
 def test_group_of_which_no_picture_can_be_read_has_an_empty_row_in_the_matrix(copied, tmp_path, capsys):
@@ -1820,6 +1842,18 @@ def test_suites_have_the_sizes_of_their_protocol(suite, sizes):
         assert {prompts.count(prompt) for prompt in prompts} == {30}
 
 
+@pytest.mark.parametrize("own, other", [("judge", "clip"), ("clip", "judge")])
+def test_figures_of_a_models_own_networks_say_so_however_their_path_is_written(own, other):
+    given = ["--lora", "x", "--model", "emoji-flux", f"--{own}", f"{ROOT}/emoji-flux/../emoji-flux/clip/",
+             f"--{other}", "some/network", "--detector", f"{EMOJI}/detector"]
+    args, cat = evaluate.arguments(given), sample.load_concept(EMOJI, "cat")
+    _, columns = promptsets.plan_suite("table1", cat, [cat], None, [], args)
+    names = {c["metric"]: c["column"].partition(",")[0] for c in columns}
+    assert {key: "(emoji)" in names[key] for key in names if key != "locality"} == {own: True, other: False}
+    distance = evaluate.metric_table(args, [])["distance"][0]
+    assert ("emoji-flux" in distance) == (own == "judge")
+
+
 @pytest.mark.parametrize("group", [1, 3, 25])
 def test_many_prompts_are_encoded_in_rounds(group):
     long = Namespace(prompts=[f"a {i}" for i in range(2400)], n=2400)
@@ -1887,7 +1921,7 @@ def test_jobs_have_their_seeds_and_guidance(tmp_path):
 
 def test_each_question_has_its_own_answer(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
-    job = Namespace(files=[tmp_path / "0.png"], n=1, home=tmp_path, broken=[])
+    job = Namespace(files=[tmp_path / "0.png"], n=1, home=tmp_path)
 
     def load():
         return lambda images, asked: np.array([[len(said)] for said in asked])
@@ -1895,10 +1929,27 @@ def test_each_question_has_its_own_answer(tmp_path):
     assert [evaluate.score(job, [said], "judge", load).tolist() for said in ("a", "abc")] == [[[1]], [[3]]]
 
 
-def test_network_id_tells_weights(tmp_path):
-    (tmp_path / "model.safetensors").write_bytes(b"one")
+@pytest.mark.parametrize("broken", [("before", 0), ("after", 57)])
+def test_frechet_distance_leaves_out_both_of_a_pair(broken, tmp_path):
+    rng, jobs, features = np.random.default_rng(0), {}, {}
+    old = rng.integers(50, 200, (60, 1, 1, 3))
+    for when, pixels in (("before", old), ("after", old + rng.integers(-2, 9, old.shape))):
+        files = [tmp_path / f"{when}-{i}.png" for i in range(60)]
+        for file, pixel in zip(files, pixels.astype(np.uint8)):
+            Image.fromarray(pixel).save(file)
+        jobs[when], features[when] = Namespace(files=files, n=60), np.delete(pixels[:, 0, 0], broken[1], 0)
+    when, i = broken
+    jobs[when].files[i].write_bytes(b"half a picture")
+    found = evaluate.distance(jobs["before"], jobs["after"], lambda: lambda images: np.array(
+        [np.array(image, float)[0, 0] for image in images]))
+    assert found == evaluate.metrics.frechet_summary(*features.values()) and found["n"] == 59
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin", "pth"])
+def test_network_id_tells_weights(suffix, tmp_path):
+    (tmp_path / f"model.{suffix}").write_bytes(b"one")
     one = evaluate.network_id(str(tmp_path))
-    (tmp_path / "model.safetensors").write_bytes(b"two")
+    (tmp_path / f"model.{suffix}").write_bytes(b"two")
     assert evaluate.network_id(str(tmp_path)) != one
 
 
