@@ -109,6 +109,20 @@ def test_build_measures_the_networks_that_lie_here():
     assert rows["VAE reconstruction, PSNR"][1] == 60
 
 
+def test_ruined_scene_keeps_colour_and_place_and_shows_nothing():
+    scene = world.draw(np.random.default_rng(0), ["cat"], "noto", "white", framed=False)
+    made = build.ruined(scene, np.random.default_rng(0))
+    assert not build.answers(made)[build.IS_THING[1]].any() and not build.answers(made)[build.IS_STYLE[1]].any()
+    old, new = (s["image"].astype(float) - world.wall("white") for s in (scene, made))  # (64, 64, 3)
+    np.testing.assert_allclose(new.sum((0, 1)), old.sum((0, 1)), rtol=0.1)
+    centre = [np.abs(d).sum(2).nonzero() for d in (old.round(), new.round())]
+    for axis in (0, 1):
+        assert centre[0][axis].mean() == pytest.approx(centre[1][axis].mean(), abs=4)
+    assert np.corrcoef(old.ravel(), new.ravel())[0, 1] < 0.8
+    framed = world.draw(np.random.default_rng(0), ["cat"], "noto", "white", framed=True)
+    assert build.ruined(framed, np.random.default_rng(0)) is framed
+
+
 # -------------------------------------------------------------------------------- before work starts
 
 @pytest.mark.parametrize("script", [

@@ -315,15 +315,34 @@ def worn(scene, rng):
         x = x + rng.uniform(0, 0.12) * torch.from_numpy(rng.standard_normal(x.shape)).float()
     return x[0].clamp(-1, 1)
 
-def worn_scenes(rng, batch, faint, share):
-    """Scenes, a share of them with an opacity in [faint, 1], and their worn images (B, 3, 64, 64)."""
+def ruined(scene, rng):
+    """The scene with its things' tiles shuffled and smeared, as a model draws what it has forgotten: it shows
+    no thing and no style any more. Framed scenes stay as they are."""
+    if scene["framed"]:
+        return scene
+    wall = world.wall(scene["background"])
+    rest = scene["image"] - wall  # (64, 64, 3)
+    for x0, y0, x1, y1 in scene["boxes"]:
+        tile = int(rng.integers(3, 6))
+        h, w = (y1 - y0) // tile, (x1 - x0) // tile
+        part = rest[y0:y0 + h * tile, x0:x0 + w * tile]  # a view
+        tiles = part.reshape(h, tile, w, tile, 3).swapaxes(1, 2).reshape(h * w, tile, tile, 3)
+        part[:] = rng.permutation(tiles).reshape(h, w, tile, tile, 3).swapaxes(1, 2).reshape(part.shape)
+    rest = gaussian_blur(torch.from_numpy(rest).permute(2, 0, 1), 31, [rng.uniform(1, 6)])  # (3, 64, 64)
+    image = np.clip(wall + rest.permute(1, 2, 0).numpy() + 0.5, 0, 255).astype(np.uint8)
+    return scene | dict(image=image, names=(), masks=[], boxes=[])
+
+def worn_scenes(rng, batch, faint, share, ruin=0.0):
+    """Scenes, a share of them with an opacity in [faint, 1], some ruined, and their worn images
+    (B, 3, 64, 64)."""
     scenes = [world.draw(rng, opacity=rng.uniform(faint, 1) if rng.random() < share else 1.0)
               for _ in range(batch)]
+    scenes = [ruined(s, rng) if ruin and rng.random() < ruin else s for s in scenes]
     return scenes, torch.stack([worn(s, rng) for s in scenes])
 
 def clip_loss(clip, rng, batch=32):
     """Sigmoid loss on every question's margin over "a picture", and a contrastive loss on whole captions."""
-    scenes, x = worn_scenes(rng, batch, faint=0.4, share=0.25)  # (B, 3, 64, 64)
+    scenes, x = worn_scenes(rng, batch, faint=0.4, share=0.25, ruin=0.2)  # (B, 3, 64, 64)
     tokens = token_ids(fit.tokenizer, ASKED + [world.caption(s, rng) for s in scenes])  # (70 + B, T)
     text = F.normalize(clip.get_text_features(tokens).pooler_output.float(), dim=-1)  # (70 + B, 64)
     image = F.normalize(clip.get_image_features(x).pooler_output.float(), dim=-1)  # (B, 64)
@@ -569,6 +588,10 @@ def report_networks(rng, n=2000):
     said = judged([s["image"] for s in scenes])[IS_THING]  # (n, 57)
     rows += [("judge: misses", percent(~said[truth]), "<= 3 %", truth.sum()),
              ("judge: false alarms", f"{100 * said[~truth].mean():.2f} %", "<= 3 %", (~truth).sum())]
+    aside, = rng.spawn(1)  # the other rows keep their draws
+    ruins = judged([ruined(s, aside)["image"] for s in scenes if s["names"] and not s["framed"]])  # (N, 69)
+    for kind, asked in (("thing", IS_THING), ("style", IS_STYLE)):
+        rows.append((f"judge: a {kind} seen in a smear", percent(ruins[asked].any(1)), "<= 3 %", len(ruins)))
     half = [world.draw(rng, *(s[k] for k in ("names", "style", "background", "framed")), 0.5)["image"]
             for s in scenes]
     for how, images in {"at half opacity": half, "blurred by a pixel": to_images(gaussian_blur(x, 5, [1.0])),
