@@ -28,9 +28,8 @@ TABLE6 = dict(object=dict(steps=300, eta=1.0, gamma=3.0, tau=0.1, lambda_prior=0
               style=dict(steps=400, eta=3.0, gamma=3.0, tau=0.1, lambda_prior=0.6),
               nsfw=dict(steps=500, eta=1.0, gamma=3.0, tau=0.1, lambda_prior=0.6))
 
-# --fewer-images trades variety for time. At batch 1 Prodigy takes 200 steps to wake from d0 = 1e-6, and a
-# larger prior makes up for the fewer preserved images that it sees
-FEWER = dict(n_forget=20, n_preserve=10, sample_steps=14, batch=1, steps=270, d0=1e-4, lambda_prior=2.4)
+# --fewer-images trades variety for time; at batch 1 Prodigy takes 200 steps to wake from d0 = 1e-6
+FEWER = dict(n_forget=20, n_preserve=10, sample_steps=14, batch=1, steps=270, d0=1e-4)
 
 def arguments(given=None):
     parser = argparse.ArgumentParser(description=__doc__)
