@@ -70,7 +70,7 @@ def arguments(given=None):
                         ", ".join(f"--{key.replace('_', '-')} {value}" for key, value in FEWER.items()))
     args = parser.parse_args(given)
     if args.fewer_images:  # what is given beside it still counts
-        parser.set_defaults(**{k: v for k, v in FEWER.items() if k not in TABLE6["object"]})  # fill_presets
+        parser.set_defaults(**{k: v for k, v in FEWER.items() if k != "steps"})  # a concept's: fill_presets
         args = parser.parse_args(given)
     return args
 
@@ -336,7 +336,7 @@ def picture_groups(concepts):
 
 def fill_presets(concepts, args):
     """Each concept's row of Table 6, where no flag says otherwise; several concepts take all their steps."""
-    fewer = {key: FEWER[key] for key in TABLE6["object"].keys() & FEWER} if args.fewer_images else {}
+    fewer = dict(steps=FEWER["steps"]) if args.fewer_images else {}
     given = {key: getattr(args, key) for key in TABLE6["object"] if getattr(args, key) is not None}
     rows = [TABLE6[concept["task"]] | fewer | given for concept in concepts]
     args.steps = args.steps or sum(row["steps"] for row in rows)
