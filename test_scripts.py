@@ -288,12 +288,12 @@ def test_fewer_images_are_whole_groups_and_a_concept_has_its_steps():
     args = train.arguments(["--model", EMOJI, "--concept", "cat", "noto", "--fewer-images"])
     sample.setup(args)
     assert args.n_forget % args.sample_batch == args.n_preserve % args.sample_batch == 0
-    train.fill_presets([sample.load_concept(EMOJI, name) for name in ("cat", "noto")], args)
-    assert args.steps == 2 * train.FEWER["steps"]
-    more = "--steps 7 --n-forget 30 --lambda-prior 1".split()  # a flag beats it
+    rows = train.fill_presets([sample.load_concept(EMOJI, name) for name in ("cat", "noto")], args)
+    assert args.steps == 2 * train.FEWER["steps"] and [row["tau"] for row in rows] == [0.5, 0.5]
+    more = "--steps 7 --n-forget 30 --lambda-prior 1 --tau 0.1".split()  # a flag beats it
     args = train.arguments(["--concept", "cat", "--fewer-images", *more])
     row, = train.fill_presets([sample.load_concept(EMOJI, "cat")], args)
-    assert (args.steps, args.n_forget, row["lambda_prior"]) == (7, 30, 1)
+    assert (args.steps, args.n_forget, row["lambda_prior"], row["tau"]) == (7, 30, 1, 0.1)
 
 
 def test_too_large_a_model_is_refused_with_both_figures(monkeypatch, capsys):

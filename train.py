@@ -28,8 +28,9 @@ TABLE6 = dict(object=dict(steps=300, eta=1.0, gamma=3.0, tau=0.1, lambda_prior=0
               style=dict(steps=400, eta=3.0, gamma=3.0, tau=0.1, lambda_prior=0.6),
               nsfw=dict(steps=500, eta=1.0, gamma=3.0, tau=0.1, lambda_prior=0.6))
 
-# --fewer-images trades variety for time; at batch 1 Prodigy takes 200 steps to wake from d0 = 1e-6
-FEWER = dict(n_forget=20, n_preserve=10, sample_steps=14, batch=1, steps=270, d0=1e-4)
+# --fewer-images trades variety for time. At batch 1 Prodigy takes 200 steps to wake from d0 = 1e-6, and a gate
+# that shuts later makes up for the fewer images that push
+FEWER = dict(n_forget=20, n_preserve=10, sample_steps=14, batch=1, steps=270, tau=0.5, d0=1e-4)
 
 def arguments(given=None):
     parser = argparse.ArgumentParser(description=__doc__)
@@ -70,7 +71,7 @@ def arguments(given=None):
                         ", ".join(f"--{key.replace('_', '-')} {value}" for key, value in FEWER.items()))
     args = parser.parse_args(given)
     if args.fewer_images:  # what is given beside it still counts
-        parser.set_defaults(**{k: v for k, v in FEWER.items() if k != "steps"})  # a concept's: fill_presets
+        parser.set_defaults(**{k: v for k, v in FEWER.items() if k not in TABLE6["object"]})  # fill_presets
         args = parser.parse_args(given)
     return args
 
@@ -336,7 +337,7 @@ def picture_groups(concepts):
 
 def fill_presets(concepts, args):
     """Each concept's row of Table 6, where no flag says otherwise; several concepts take all their steps."""
-    fewer = dict(steps=FEWER["steps"]) if args.fewer_images else {}
+    fewer = {key: FEWER[key] for key in TABLE6["object"].keys() & FEWER} if args.fewer_images else {}
     given = {key: getattr(args, key) for key in TABLE6["object"] if getattr(args, key) is not None}
     rows = [TABLE6[concept["task"]] | fewer | given for concept in concepts]
     args.steps = args.steps or sum(row["steps"] for row in rows)
