@@ -70,8 +70,8 @@ def arguments(given=None):
     recipe.add_argument("--fewer-images", action="store_true", help="a fifth of the work: " +
                         ", ".join(f"--{key.replace('_', '-')} {value}" for key, value in FEWER.items()))
     args = parser.parse_args(given)
-    if args.fewer_images:  # what is given beside it still counts
-        parser.set_defaults(**{k: v for k, v in FEWER.items() if k not in TABLE6["object"]})  # fill_presets
+    if args.fewer_images:  # what is given beside it still counts; fill_presets does the same for Table 6's part
+        parser.set_defaults(**{k: v for k, v in FEWER.items() if k not in TABLE6["object"]})
         args = parser.parse_args(given)
     return args
 
