@@ -28,8 +28,8 @@ TABLE6 = dict(object=dict(steps=300, eta=1.0, gamma=3.0, tau=0.1, lambda_prior=0
               style=dict(steps=400, eta=3.0, gamma=3.0, tau=0.1, lambda_prior=0.6),
               nsfw=dict(steps=500, eta=1.0, gamma=3.0, tau=0.1, lambda_prior=0.6))
 
-# --fewer-images trades variety for time. At batch 1 Prodigy takes 200 steps to wake from d0 = 1e-6, and a gate
-# that shuts later makes up for the fewer images that push
+# --fewer-images trades variety for time. At batch 1 Prodigy takes 200 steps to wake from d0 = 1e-6, and a
+# gate that shuts later makes up for the fewer images that push
 FEWER = dict(n_forget=20, n_preserve=10, sample_steps=14, batch=1, steps=270, tau=0.5, d0=1e-4)
 
 def arguments(given=None):
@@ -70,7 +70,7 @@ def arguments(given=None):
     recipe.add_argument("--fewer-images", action="store_true", help="a fifth of the work: " +
                         ", ".join(f"--{key.replace('_', '-')} {value}" for key, value in FEWER.items()))
     args = parser.parse_args(given)
-    if args.fewer_images:  # what is given beside it still counts; fill_presets does the same for Table 6's part
+    if args.fewer_images:  # what is given beside it still counts; the rest: fill_presets
         parser.set_defaults(**{k: v for k, v in FEWER.items() if k not in TABLE6["object"]})
         args = parser.parse_args(given)
     return args
