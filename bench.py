@@ -210,21 +210,28 @@ def plan(args, texts=None, states=3.5):
                 text=text_flop, mask=plan_masks()[1])
     return found, work, (len(lora) // 2, len(lora), sum(lora)), sum(numel.values())
 
-def savings(args):
-    """What a script's flags need by the plan, and what each further flag would make of it, in one line."""
-    @functools.cache  # for FLUX.1-dev it takes 20 s
-    def peaks(batch, drawn):  # only sample and train: no flag but --device makes the others smaller
-        return plan(argparse.Namespace(model=args.model, size=args.size, dtype=str(args.dtype)[6:],
-                                       batch=batch, sample_batch=drawn))[0]
+@functools.cache  # for FLUX.1-dev it takes 15 s
+def peaks(model, size, dtype, batch, sample_batch):
+    """plan's stages, by the flags that they depend on."""
+    flags = dict(model=model, size=size, dtype=dtype, batch=batch, sample_batch=sample_batch)
+    return plan(argparse.Namespace(**flags))[0]
 
+def savings(args, free=0):
+    """What a script's flags need by the plan, and what each further flag, and all, would make of it, in one
+    line; None if that is less than `free` bytes. Only of sample and train: no flag but --device makes the
+    other stages smaller."""
+    given = args.model, args.size, str(args.dtype)[6:]
     trains, how = "batch" in args, "offload" if args.offload else args.quantize
-    batch = args.batch // args.accumulate if trains else 1
-    asked, least = peaks(batch, args.sample_batch), peaks(1, 1)
+    asked = peaks(*given, args.batch // args.accumulate if trains else 1, args.sample_batch)
     stages = dict(sample=asked["sample"])
     if trains:
         step = "train --checkpointing" if args.checkpointing else "train"
         stages["train"] = asked[step]
     now = {name: row[how] for name, row in stages.items()}
+    if max(now.values()) < free:
+        return None
+    least, all_flags = peaks(*given, 1, 1), "--sample-batch 1"
+    smallest = [least["sample"]]
     possible = ("int8", "nf4") if args.device == "cuda" else ("int8",)
     others = {f"--quantize {q}": {name: row[q] for name, row in stages.items()} for q in possible}
     if args.quantize != "nf4":
@@ -233,10 +240,15 @@ def savings(args):
     if trains:
         others["--checkpointing"] = now | dict(train=asked["train --checkpointing"][how])
         others[f"--accumulate {args.batch}"] = now | dict(train=least[step][how])
-    said = [f"{flag} {name} {found[name] / GIB:.3g}" for flag, found in others.items()
-            for name in now if found[name] < 0.99 * now[name]]
+        all_flags += f" --checkpointing --accumulate {args.batch}"
+        smallest.append(least["train --checkpointing"])
+    for more, q in (("", how), *((f" --quantize {q}", q) for q in possible)):
+        others[all_flags + more] = now | {name: row[q] for name, row in zip(now, smallest)}
+    said = [(flag, ", ".join(f"{name} {found[name] / GIB:.3g}" for name in now
+                             if found[name] < 0.99 * now[name])) for flag, found in others.items()]
     needs = ", ".join(f"{name} {n_bytes / GIB:.3g}" for name, n_bytes in now.items())
-    return f"planned, GiB: {needs}; with {', '.join(said) or 'no further flag less'}"
+    said = "; with ".join(f"{flag} {less}" for flag, less in said if less)
+    return f"planned, GiB: {needs}; with {said or 'no further flag less'}"
 
 def text_length(model):
     """T5's length in tokens."""

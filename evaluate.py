@@ -29,9 +29,9 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
-from sample import (TASKS, check_set, contact_sheet, die, drawing_flags, encode_prompts, ending, finder_flags,
-                    fingerprint, guarded, load_concept, load_denoiser, model_flags, number, open_or_none,
-                    place, read_settings, sample_set, seed_of, setup, stage, write_text)
+from sample import (TASKS, check_plan, check_set, contact_sheet, die, drawing_flags, encode_prompts, ending,
+                    finder_flags, fingerprint, guarded, load_concept, load_denoiser, model_flags, number,
+                    open_or_none, place, read_settings, sample_set, seed_of, setup, stage, write_text)
 
 SUITES = "concept table1 table2 table3 table4 table5 table7 table8 table12".split()
 ROUND = 1000  # prompts that are encoded at once
@@ -539,6 +539,8 @@ def evaluate(args, lines):
         return
     missing = [job for job in jobs.values() if not all(file.exists() for file in job.files)]
     todo = {job.folder: job for job in sorted(missing, key=lambda job: job.n)}  # not a part, but the whole
+    if todo:
+        check_plan(args)
     with stage("sample", args.out):
         for prompts, parts in in_rounds(todo.values(), args.sample_batch):
             sample_round(prompts, parts, loras, args)

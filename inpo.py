@@ -72,26 +72,26 @@ def gradient_ascent(S):
     return -S  # (B,)  Eq. 4, 5
 
 def npo_loss(log_ratio, beta=1.0, prefactor="2beta"):
-    """log(pi_theta / pi_ref) (B,) -> NPO (B,) (Eq. 7), times 2 beta as printed or "2/beta" as NPO's code."""
+    """log(pi_theta / pi_ref) (B,) -> NPO (B,) (Eq. 7), times 2 beta, or "2/beta" as in NPO's own code."""
     _check({"log_ratio must be finite, (B,)": log_ratio.isfinite() & (log_ratio.ndim == 1)})
     return _scale(beta, prefactor) * -F.logsigmoid(-beta * log_ratio)  # (B,)  Eq. 7
 
 def gate(dS, gamma=3.0, tau=0.1):
-    """dS (B,) -> alpha (B,) in [0, 1], 1/2 at dS = tau (Eq. 14); tau is in units of S; at inf alpha = 1."""
+    """dS (B,) -> alpha (B,) in [0, 1], 1/2 at dS = tau (Eq. 14); tau is in units of S; inf: no gate."""
     _check({"dS must be finite, (B,)": dS.isfinite() & (dS.ndim == 1),
             "tau must be a number, or inf": tau > -inf}, gamma=gamma)
     return torch.sigmoid(-gamma * (dS - tau))  # (B,)  Eq. 14
 
 def inpo_loss(dS, eta=1.0, gamma=3.0, tau=0.1, beta=1.0, prefactor="2beta", detach_gate=False):
-    """dS (B,) -> INPO (B,) (Eq. 15). eta is independent of beta, which only scales: lambda = eta / beta.
-    detach_gate: no gradient through alpha, against Eq. 18; the first push is then 2.8 times weaker."""
+    """dS (B,) -> INPO (B,) (Eq. 15). eta is independent of beta, which only scales; lambda is eta / beta.
+    detach_gate: no gradient through alpha, unlike Eq. 18; at dS = 0 the push is 2.8 times weaker."""
     _check({}, eta=eta, beta=beta)
     alpha = gate(dS, gamma, tau).detach() if detach_gate else gate(dS, gamma, tau)  # (B,)
     log_ratio = -eta / beta * dS  # (B,)  Eq. 12
     return alpha * npo_loss(log_ratio, beta, prefactor)  # (B,)  Eq. 13, 15, 17
 
 def prior_loss(prediction, reference):
-    """Prediction and frozen model's (B, ...) -> (B,) (Eq. 16): as a mean it gives lambda_prior its scale."""
+    """Prediction, reference (B, ...) -> mean squared difference (B,) (Eq. 16): lambda_prior's scale."""
     return score(prediction, reference, reduction="latent")  # (B,)  Eq. 16
 
 def inpo_derivative(dS, eta=1.0, gamma=3.0, tau=0.1, beta=1.0, prefactor="2beta", detach_gate=False):

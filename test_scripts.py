@@ -112,7 +112,8 @@ def test_build_measures_the_networks_that_lie_here():
 def test_ruined_scene_keeps_colour_and_place_and_shows_nothing():
     scene = world.draw(np.random.default_rng(0), ["cat"], "noto", "white", framed=False)
     made = build.ruined(scene, np.random.default_rng(0))
-    assert not build.answers(made)[build.IS_THING[1]].any() and not build.answers(made)[build.IS_STYLE[1]].any()
+    yes = build.answers(made)
+    assert not yes[build.IS_THING[1]].any() and not yes[build.IS_STYLE[1]].any()
     old, new = (s["image"].astype(float) - world.wall("white") for s in (scene, made))  # (64, 64, 3)
     np.testing.assert_allclose(new.sum((0, 1)), old.sum((0, 1)), rtol=0.1)
     centre = [np.abs(d).sum(2).nonzero() for d in (old.round(), new.round())]
@@ -184,10 +185,33 @@ def test_no_memory_in_training_says_which_flag_saves_how_much(tmp_path, capsys):
     given = train.arguments(["--model", EMOJI, "--concept", "cat", "--out", str(tmp_path / "cat")])
     train.setup(given)
     line = refusal(lambda: sample.guarded(work, given), capsys, 1)
-    said = {flag: float(size) for flag, size in re.findall(r"((?:--[\w-]+(?: \w+)? )?train) ([\d.]+)", line)}
-    assert 2 * said["--accumulate 4 train"] < said["train"] < 4 * said["--accumulate 4 train"]
-    assert said["--checkpointing train"] < 0.6 * said["train"]
-    assert "--sample-batch 1 sample" in line and "--quantize int8 sample" in line
+    asked, *others = line.partition("GiB: ")[2].split("; with ")
+    flags = {re.split(" (?=sample|train)", text)[0]: text for text in others}
+    needs = {flag: dict(re.findall(r"(sample|train) ([\d.]+)", text)) for flag, text in flags.items()}
+    now, split = (float(row["train"]) for row in ({"train": asked.split()[-1]}, needs["--accumulate 4"]))
+    assert 2 * split < now < 4 * split
+    assert float(needs["--checkpointing"]["train"]) < 0.6 * now
+    assert needs["--sample-batch 1"].keys() == needs["--quantize int8"].keys() == {"sample"}
+    both = needs["--sample-batch 1 --checkpointing --accumulate 4"]
+    assert float(both["train"]) < min(split, float(needs["--checkpointing"]["train"]))
+    assert both["sample"] == needs["--sample-batch 1"]["sample"]
+
+
+def test_what_by_the_plan_goes_out_of_memory_is_refused_before_work(tmp_path, monkeypatch, capsys):
+    given = train.arguments(["--model", EMOJI, "--concept", "cat", "--out", str(tmp_path / "cat")])
+    train.setup(given)
+    flags = Namespace(model=EMOJI, size=64, dtype="float32", batch=4, sample_batch=25)
+    plain, less = (bench.plan(flags)[0][stage]["none"] for stage in ("train", "train --checkpointing"))
+    given.device, given.sample_batch = "cuda", 1
+    for free, checkpointing in ((plain / 1.14, False), (plain / 1.16, True)):  # it is right to 15 %
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 0))
+        sample.check_plan(given)
+        assert given.checkpointing == checkpointing
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (less / 1.5, 0))
+    line = refusal(lambda: sample.check_plan(given), capsys, 2)
+    assert "with --accumulate 4 train" in line and "--quantize nf4 sample" in line
+    given.device = "cpu"
+    sample.check_plan(given)
 
 
 NO_MEMORY = "error: out of memory; python bench.py --plan says"

@@ -1,7 +1,7 @@
 """INPO: erase a concept from a text-to-image model by a LoRA trained on its images as negative preferences.
 
     python train.py --model emoji-flux --concept cat                       # a laptop CPU, minutes
-    python train.py --concept pikachu --eta 1 --gamma 3 --tau 0.1          # FLUX.1-dev, Table 6's settings
+    python train.py --concept pikachu --eta 1 --gamma 3 --tau 0.1          # FLUX.1-dev; README: your card
     python train.py --concept cat "elon musk"                              # both in one LoRA (D.2)
 
 Algorithm 1, from sampling both image sets to the LoRA; killed, it goes on from its last checkpoint. It leaves
@@ -18,9 +18,10 @@ import shutil
 import time
 import zlib
 
-from sample import (ROOT, check_settings, contact_sheet, data_flags, die, encode_prompts, generate, guarded,
-                    keep_settings, load_denoiser, lock, mask_flags, mentions, model_flags, number, open_image,
-                    place, plan_sets, sample_all, seed_of, setup, stage, whole, write_text)
+from sample import (ROOT, check_plan, check_settings, contact_sheet, data_flags, die, encode_prompts,
+                    generate, guarded, keep_settings, load_denoiser, lock, mask_flags, mentions, model_flags,
+                    number, open_image, place, plan_sets, sample_all, seed_of, setup, stage, whole,
+                    write_text)
 
 # Table 6; lr 0.7 means Prodigy's, AdamW has its own default below
 TABLE6 = dict(object=dict(steps=300, eta=1.0, gamma=3.0, tau=0.1, lambda_prior=0.6),
@@ -49,12 +50,12 @@ def arguments(given=None):
     method.add_argument("--detach-gate", action="store_true",
                         help="no gradient through alpha, against Eq. 18")
     recipe = parser.add_argument_group("training")
-    recipe.add_argument("--steps", type=number(int), help="T (Table 6, times the number of concepts)")
+    recipe.add_argument("--steps", type=number(int), help="T in all (default: Table 6, summed over concepts)")
     recipe.add_argument("--optimizer", choices=["prodigy", "adamw"], default="prodigy", help="(prodigy)")
     recipe.add_argument("--lr", type=number(), help="default: 0.7 with prodigy (Table 6), 1e-3 with adamw")
     recipe.add_argument("--d0", type=number(), default=1e-6, help="Prodigy's first step size (default 1e-6)")
     recipe.add_argument("--rank", type=number(int), default=4, help="of the LoRA, alpha = rank (C.1: 4)")
-    recipe.add_argument("--batch", type=number(int), default=4, help="forget images a step, as many more (4)")
+    recipe.add_argument("--batch", type=number(int), default=4, help="forget images a step, as many others (4)")
     recipe.add_argument("--accumulate", type=number(int), default=1, help="split a batch into N passes (1)")
     recipe.add_argument("--checkpointing", action="store_true", help="recompute activations: less memory")
     recipe.add_argument("--guidance", type=number(strict=False), default=1.0,
@@ -213,8 +214,8 @@ def make_optimizer(params, args):
 def train(pipe, forget, preserve, embeds, presets, args, stamp=None):
     """The loop. LoRA and optimiser state go to checkpoint.pt, one row a step to log.csv.
 
-    forget: batch_of's, one a concept; presets: its part of Table 6, as iteration takes it from args; stamp:
-    tells a checkpoint of these settings from others.
+    forget: batch_of's, one a concept; presets: args with its row of Table 6, likewise; stamp: tells a
+    checkpoint of these settings from others.
     """
     transformer, main_process = pipe.transformer, PartialState().is_main_process
     params = add_lora(transformer, args.rank, args.seed)
@@ -223,7 +224,8 @@ def train(pipe, forget, preserve, embeds, presets, args, stamp=None):
         transformer.enable_gradient_checkpointing()
     optimizer = make_optimizer(params, args)
     checkpoint, previous = args.out / "checkpoint.pt", args.out / "checkpoint-previous.pt"
-    source, start, rows = previous if args.previous_checkpoint else checkpoint, 0, []
+    source = previous if args.previous_checkpoint else checkpoint
+    start, rows = 0, []
     if source.exists():
         try:
             state = torch.load(source, map_location="cpu", weights_only=True)
@@ -267,7 +269,8 @@ def train(pipe, forget, preserve, embeds, presets, args, stamp=None):
         d_lr = optimizer.param_groups[0].get("d", 1.0) * args.lr  # Prodigy's own step size
         row = dict(step=step, concept=args.concept[turn])
         row |= {k: v.mean().item() for k, v in info.items() if k != "sigma"}
-        forwards = 2 * args.batch * PartialState().num_processes * (4 if args.checkpointing else 3)
+        passes = 4 if args.checkpointing else 3  # reference, forward, backward, and again a forward
+        forwards = 2 * args.batch * PartialState().num_processes * passes
         row |= dict(grad_norm=float(norm), d_lr=d_lr, forwards=forwards, seconds=time.perf_counter() - tick)
         row |= {k + "_each": " ".join(f"{v:.4f}" for v in info[k].tolist()) for k in ("sigma", "dS")}
         rows.append(row)
@@ -277,7 +280,7 @@ def train(pipe, forget, preserve, embeds, presets, args, stamp=None):
         if args.save_every and (step + 1) % args.save_every == 0:
             save_lora(transformer, args.out / f"step-{step + 1}")
         if (step + 1) % args.checkpoint_every == 0 or step + 1 == args.steps:
-            if checkpoint.exists() and source == checkpoint:  # else the last is the broken one
+            if checkpoint.exists() and source == checkpoint:  # not the broken one
                 with whole(previous) as half:
                     shutil.copyfile(checkpoint, half)
             source = checkpoint
@@ -316,7 +319,7 @@ def draw_before_after(pipe, embeds, groups, path, args, columns=6):
         prompts = (prompts * columns)[:columns]
         seeds = [seed_of(args.seed, "before_after", i) for i in range(columns)]
         for adapters in (reference(pipe.transformer), contextlib.nullcontext()):
-            with adapters:  # no more at once than for the sets: this is a stage as large as that
+            with adapters:  # no more at once than for the sets
                 for i in range(0, columns, args.sample_batch):
                     some = slice(i, i + args.sample_batch)
                     images += generate(pipe, embeds, prompts[some], seeds[some], args.sample_steps,
@@ -374,7 +377,7 @@ def main(args):
     settings["processes"] = PartialState().num_processes  # --batch is each one's
     settings |= {f"{c['name']}.{k}": v for c, preset in zip(concepts, table6) for k, v in preset.items()}
     stamp = zlib.crc32(json.dumps(settings, sort_keys=True, default=str).encode())
-    # until there is a checkpoint, images and masks stand by their own records
+    # before a checkpoint, images and masks check their own settings
     resumed = any((args.out / f"checkpoint{which}.pt").exists() for which in ("", "-previous"))
     if resumed:
         if not (args.out / "args.json").exists():
@@ -384,6 +387,7 @@ def main(args):
         die(f"--out {args.out}: holds a README.md, which the LoRA's card would replace: use another --out")
     for (folder, *_), concept in zip(forget, concepts):
         check_masks(folder, concept, args)
+    check_plan(args)
     with lock(args.out):
         main_process = PartialState().is_main_process
         if main_process and not resumed:  # its versions and commit are those of the first step
