@@ -33,8 +33,8 @@ def arguments(given=None):
     parser.add_argument("--size", type=number(int), help="pixels a side (default: the VAE's sample_size)")
     parser.add_argument("--batch", type=number(int), default=1, help="forget images a step (default 1)")
     parser.add_argument("--sample-batch", type=number(int), default=1, help="images at once (default 1)")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16",
-                        help="of what is frozen (default bfloat16)")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"],
+                        help="of what is frozen (default bfloat16; measured: as train.py's)")
     parser.add_argument("--out", type=Path, default=Path("out/bench"), help="default %(default)s")
     return parser.parse_args(given)
 
@@ -161,7 +161,7 @@ def plan(args, texts=None, states=3.5):
     How: a --quantize, or "offload". states: the optimiser's tensors a LoRA parameter; Prodigy keeps three,
     and where they do not start at 0, which is A's half, the first values.
     """
-    dtype = getattr(torch, args.dtype)
+    dtype = getattr(torch, args.dtype or "bfloat16")
     networks = {part: build(part, config_of(args.model, part)) for part in FLUX}
     numel = {part: sum(p.numel() for p in network.parameters()) for part, network in networks.items()}
     vae = networks["vae"]
@@ -259,7 +259,7 @@ def show_plan(args):
     found, work, lora, numel = plan(args)
     print(f"{args.model}: {numel:,} parameters; LoRA of rank 4: {lora[0]} modules, {lora[1]} tensors, "
           f"{lora[2]:,} parameters")
-    print(f"\nGiB at the peak, {args.dtype}, {args.batch} + {args.batch} images a step, "
+    print(f"\nGiB at the peak, {args.dtype or 'bfloat16'}, {args.batch} + {args.batch} images a step, "
           f"{args.sample_batch} sampled at once; computed")
     print(f"{'stage':24}" + "".join(f"{how:>10}" for how in found["train"]))
     for name, row in found.items():
@@ -281,10 +281,12 @@ def show_plan(args):
             ("train --checkpointing", steps * 2 * args.batch * 4, 0)):
         print(f"{name:32}{forwards:>8,} forwards{forwards * forward + more / 1e12:>12,.0f} TFLOP")
 
-def random_run(model, out, batch, *flags):
+def random_run(args, out, batch, *flags):
     """train.py's arguments, and what train.train takes, random latents for the images."""
-    run = train.arguments(["--model", model, "--concept", "cat", "--out", str(out), "--batch", str(batch),
-                           "--lr", "0.7", *flags])
+    model, flags = args.model, [*flags, "--batch", str(batch), "--lr", "0.7"]
+    for flag in ("size", "dtype"):
+        flags += [f"--{flag}", str(value)] if (value := getattr(args, flag)) else []
+    run = train.arguments(["--model", model, "--concept", "cat", "--out", str(out), *flags])
     table6, = train.fill_presets(train.setup(run), run)
     preset = argparse.Namespace(**vars(run) | table6)
     config, rng = config_of(model, "transformer"), torch.Generator().manual_seed(0)
@@ -303,7 +305,7 @@ def measure_memory(args):
         for flags in ((), ("--checkpointing",)):
             out = args.out / "memory"  # a name of our own: what else lies in --out stays
             shutil.rmtree(out, ignore_errors=True)
-            run, data = random_run(args.model, out, batch, "--steps", "3", *flags)
+            run, data = random_run(args, out, batch, "--steps", "3", *flags)
             args.batch, args.sample_batch, args.dtype = batch, batch, str(run.dtype)[6:]
             planned = plan(args)[0]
             gc.collect()
@@ -322,7 +324,7 @@ def print_pair(batch, name, planned, peak):
 
 def measure_step(args, rounds=20):
     """train.py's step against a bare loop: the same forwards, backward, optimizer, threads, cached inputs."""
-    run, (forget, preserve, embeds, (preset,)) = random_run(args.model, args.out, args.batch)
+    run, (forget, preserve, embeds, (preset,)) = random_run(args, args.out, args.batch)
     sides = []
     for _ in ("ours", "bare"):
         transformer = place(load_denoiser(run), run).transformer

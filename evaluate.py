@@ -159,17 +159,20 @@ def read_rows(args):
         runs = [f / "args.json" for f in (folder, folder.parent)]  # the latter for --save-every's step-N
         run = next((f for f in runs if f.exists()), runs[0])
         settings = read_settings(run, None if args.concept else "--concept is missing, give it")
-        base, forgotten = settings.get("model", args.model), settings.get("concept", args.concept)
+        base, forgotten = settings.get("model", args.model), settings.get("concept")
+        if not isinstance(forgotten, list):  # another tool's file
+            forgotten = args.concept or die(f"{run}: names no concept, give --concept")
         if settings.get("images"):  # own pictures need no prompt file, an evaluation does
             forgotten = args.concept or forgotten
         if Path(base).name != Path(args.model).name:
             die(f"--{flag} {folder}: was trained on {base}, not on --model {args.model}")
-        asked, forgotten = sorted(args.concept or forgotten), sorted(forgotten)  # whatever order a run took
+        asked, forgotten = sorted({*(args.concept or forgotten)}), sorted(forgotten)  # in whatever order
         alone = len(asked) == 1 or set(args.suite) <= HARM | {"table8"}  # the others ask about one concept
         if not alone or not set(asked) <= set(forgotten):
             die(f"{folder}: has forgotten {', '.join(forgotten)}: give one of them as --concept")
         digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()  # another LoRA, other pictures
-        rows.append(dict(folder=folder, digest=digest, forgotten=forgotten, asked=asked[0]))
+        rows.append(dict(folder=folder, digest=digest, forgotten=forgotten, asked=asked[0],
+                         weights=settings.get("weights")))
     said = sorted({" + ".join(row["forgotten"]) for row in rows})
     if args.compare and len(said) > 1 and not set(args.suite) <= HARM:  # whose prompts are the same for all
         die(f"--compare: needs LoRAs that forget the same, these forget {', '.join(said)}")
@@ -508,6 +511,9 @@ def evaluate(args, lines):
         die(f"--task {args.task}: stands for a prompt file in Tables 2 to 5 only, {sorted(about)[0]} asks "
             "about the concept: write its file (README: a concept is a file)")
     concepts = {concept["name"]: concept for concept in setup(args)}
+    for row in rows:
+        if row.get("weights") not in (None, args.weights):
+            print(f"{row['folder']}: was trained on other weights, {row['weights']}, than {args.weights}")
     loras = {row["digest"]: row["folder"] for row in rows if row["digest"]}  # the same one only once
     check_loras(loras, args.model)
     if not (Path(args.model) / "clip").is_dir():  # these judge photographs; a model with a judge brings none
@@ -531,9 +537,10 @@ def evaluate(args, lines):
             row["columns"] += columns
     jobs = plan_jobs(rows, args)
     if args.list:
-        for (_, name, when), job in jobs.items():
-            seeds = job.made_by.get("seeds")
-            for i, prompt in enumerate(cycled(job.prompts, job.n) if when == "after" else ()):
+        asked = {row["name"] for row in (rows[:1] if args.compare else rows)}  # --compare: the same of all
+        for (row, name, when), job in jobs.items():
+            seeds, mine = job.made_by.get("seeds"), when == "after" and row in asked
+            for i, prompt in enumerate(cycled(job.prompts, job.n) if mine else ()):
                 drawn = seeds[i] if seeds else seed_of(args.seed, job.noise, i)
                 print(json.dumps(dict(set=name, seed=drawn, prompt=prompt), ensure_ascii=False), file=lines)
         return
@@ -589,7 +596,7 @@ def show(report, folder):
         card = Path(row["lora"]) / "README.md"
         title = f"\n## {row['name']}, {', '.join(report['suites'])}, seed {report['seed']}"
         if card.exists() and (card.parent / WEIGHTS).exists() and not report["limit"]:
-            text = re.sub(rf"{re.escape(title)}\n.*?(?=\n## |\Z)", "", card.read_text(), flags=re.DOTALL)
+            text = re.sub(rf"{re.escape(title)}\n\n(\|.*\n)*", "", card.read_text())  # no word of the user's
             write_text(card, f"{text}{title}\n\n{table}")
     grids = [(grid, row) for grid in report["grids"] if not grid["blurred"] for row in grid["rows"]]
     images = [open_or_none(file) or BLANK for _, row in grids for file in cycled(row["files"], 8)]

@@ -64,11 +64,14 @@ def load_detector(name, device):
     """-> find(image, words, threshold) -> float (N, 4) of x0, y0, x1, y1 in pixels: all instances of any of
     the words in a PIL image."""
     model = AutoModelForZeroShotObjectDetection.from_pretrained(name, dtype=torch.float32).to(device).eval()
-    processor = AutoProcessor.from_pretrained(name)
+    processor, longest = AutoProcessor.from_pretrained(name), model.config.text_config.max_position_embeddings
 
     @torch.no_grad()
     def find(image, words, threshold):
-        outputs = model(**(processor(text=[words], images=image, return_tensors="pt").to(device)))
+        inputs = processor(text=[words], images=image, return_tensors="pt").to(device)
+        if inputs.input_ids.shape[1] > longest:
+            raise OSError(f"{' / '.join(words)}: too long for --detector {name}, it reads {longest} tokens")
+        outputs = model(**inputs)
         found = processor.post_process_grounded_object_detection(
             outputs, threshold=threshold, target_sizes=[image.size[::-1]])[0]
         kept = nms(found["boxes"], found["scores"], 0.5)  # many patches see one thing; best first
@@ -114,7 +117,8 @@ def find_masks(images, concept, args):
     load = torch.hub.load_state_dict_from_url if "://" in args.sam else torch.load
     try:
         sam = load_sam(load(args.sam, map_location="cpu", weights_only=True))
-    except (KeyError, ValueError, RuntimeError, UnpicklingError) as error:  # cut short, or another network's
+    except (EOFError, KeyError, TypeError, ValueError, RuntimeError, UnpicklingError) as error:
+        # cut short, or another network's
         raise OSError(f"--sam {args.sam}: holds no SAM ({type(error).__name__})") from error
     predictor = SamPredictor(sam.to(args.device))  # fp32: SAM fails in bf16
     for found, image in zip(boxes, tqdm(images, desc="segment")):

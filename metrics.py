@@ -87,7 +87,7 @@ def frechet_distance(a, b):
     half of the digits: where they are A'A and B'B, tr sqrt(A'A B'B) is the sum of AB''s singular values."""
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if min(len(a), len(b)) < 2:
-        raise NotAvailable("no two pictures can be read, delete them and run it again")
+        raise NotAvailable("it needs two pictures that can be read")
     roots = [np.linalg.qr(x - x.mean(0), "r") / (len(x) - 1) ** 0.5 for x in (a, b)]  # (min(N, E), E)
     shared = np.linalg.svd(roots[0] @ roots[1].T, compute_uv=False).sum()
     means = ((a.mean(0) - b.mean(0)) ** 2).sum()

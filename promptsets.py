@@ -15,7 +15,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError
 
 from metrics import NUDITY_PARTS, NotAvailable
-from sample import MINORS, die, load_concept, mentions, seed_of
+from sample import MINORS, die, load_concept, mentions, prompts_folder, seed_of
 
 HUB, GITHUB = "https://huggingface.co/datasets/", "https://raw.githubusercontent.com/"
 I2P, COCO = HUB + "AIML-TUDA/i2p", GITHUB + "rohitgandikota/erasing/main/data/coco_30k.csv"
@@ -263,7 +263,8 @@ def plan_suite(suite, concept, forgotten, prompts_of, words, args):
         judged(acc, "target", asked=[[concept["concept"]]])
         category = next((names for names in CATEGORIES if concept["name"] in names), [])
         gone = {each["name"] for each in forgotten}
-        others = {f"other, {name}": name for name in category if name not in gone}
+        known = {file.stem for file in prompts_folder(args.model).glob("*.txt")}  # a model may have its own
+        others = {f"other, {name}": name for name in category if name in known - gone}
         for title, name in others.items():
             take(title, load_concept(args.model, name)["eval"], shared=title)
         if others:

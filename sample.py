@@ -205,6 +205,8 @@ def load_concept(model, name):
     found, section = dict(name=name), None
     for line in filter(None, map(str.strip, read_text(path).splitlines())):
         key, colon, value = line.partition(":")
+        if line.startswith("#"):
+            continue
         if line.startswith("[") and line.strip("[]") in sections:
             section = found.setdefault(line.strip("[]"), [])
         elif section is not None and not line.startswith("["):
@@ -212,7 +214,7 @@ def load_concept(model, name):
         elif colon and key in keys:
             values = [v for v in map(str.strip, value.split(",")) if v]
             found[key] = value.strip() if key == "task" else values
-        elif not line.startswith("#"):
+        else:
             die(f"{path}: {line} is none of {', '.join(keys)}, nor one of [{'], ['.join(sections)}]")
     found = {k: allowed(v, f"{path}, {k}") if isinstance(v, list) else v for k, v in found.items()}
     for key in keys + sections:
@@ -220,6 +222,8 @@ def load_concept(model, name):
             die(f"{path}: has no {key} (README: a concept is a file)")
     if odd := [template for template in found["preserve"] if "{}" not in template]:
         die(f"{path}: [preserve] holds {odd[0]}, a template without {{}}")
+    if odd := [end for end in found["backgrounds"] + found["styles"] if " " not in end]:
+        die(f"{path}: {odd[0]} is no ending of a prompt, write as in: on a beach, in oil style")
     if found["task"] not in TASKS:
         die(f"{path}: task is {found['task']}, not {' or '.join(TASKS)}")
     return found
@@ -236,6 +240,8 @@ def own_pictures(args):
     suffixes = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
     files = sorted(args.images.glob("*"))
     files = [f for f in files if f.suffix.lower() in suffixes and not f.name.endswith(".mask.png")]
+    if odd := [f for f in files if f.stem.lower().endswith(".mask")]:
+        die(f"--images: {odd[0]}: a mask's name ends in .mask.png")
     rows = []
     for file in files:
         text, by_mask = file.with_suffix(".txt"), file.with_suffix(".mask.png")
@@ -289,12 +295,14 @@ def load_concepts(args):
     return concepts
 
 def fingerprint(paths):
-    """A checksum of the ends of weight files: 24 GB need not be read to tell them from others."""
+    """A checksum of files, of a thousand samples of one above 64 MB: 24 GB of weights need not be read."""
     found = 0
     for path in paths:
+        size = path.stat().st_size
         with open(path, "rb") as file:
-            file.seek(max(0, path.stat().st_size - 65536))
-            found = zlib.crc32(file.read(), found)
+            for start in range(0, size, max(65536, size // 1024)):
+                file.seek(start)
+                found = zlib.crc32(file.read(65536), found)
     return f"{found:08x}"
 
 def check_size(size, vae):
@@ -445,7 +453,7 @@ def read_settings(path, instead):
     """What keep_settings has written; a file missing, cut short or not ours is refused, with what to do
     instead, or counts as none."""
     try:
-        return json.loads(path.read_text())["settings"]
+        return dict(json.loads(path.read_text())["settings"])
     except (OSError, ValueError, KeyError, TypeError):
         return die(f"{path}: cannot be read: {instead}") if instead else {}
 
@@ -538,8 +546,9 @@ def save_image(image, path):
         image.save(half, format="PNG")
 
 def read_image(path):
-    """A picture as RGB, a mask as L: turned by EXIF, on white, 16 bits as 8, an animation's first; OSError
-    for one that cannot be read, with PIL's name for why."""
+    """A picture as RGB, on white, a mask as L, on black: turned by EXIF, 16 bits as 8, an animation's first;
+    OSError for one that cannot be read, with PIL's name for why."""
+    mode, ground = ("L", "black") if str(path).endswith(".mask.png") else ("RGB", "white")
     try:
         with Image.open(path) as image:
             image = ImageOps.exif_transpose(image)
@@ -547,8 +556,8 @@ def read_image(path):
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             if image.has_transparency_data:
                 image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return image.convert("L" if str(path).endswith(".mask.png") else "RGB")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, ground), image)
+            return image.convert(mode)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise OSError(f"cannot be read ({type(error).__name__})") from error
 
@@ -646,7 +655,10 @@ def check_set(folder, concept, prompts, count, args, **made_by):
     flags = "weights seed size sample_batch sample_steps sample_guidance dtype quantize".split()
     settings = dict(model=Path(args.model).name, concept=concept, prompts=prompts,
                     **{flag: getattr(args, flag) for flag in flags}, **made_by)
-    check_settings(folder / "settings.json", settings, folder, f"use another --out, or delete {folder}")
+    owners = [flag for flag in ("preserve_dir", "out") if getattr(args, flag, None)]
+    flag = next((f for f in owners if folder.is_relative_to(getattr(args, f))), "").replace("_", "-")
+    instead = f"use another --{flag}, or delete {folder}" if flag else f"delete {folder.parents[1]}"
+    check_settings(folder / "settings.json", settings, folder, instead)
     return settings
 
 def sample_set(load, embeds, folder, concept, prompts, count, args, **made_by):
@@ -682,8 +694,8 @@ def mentions(phrase, concepts):
     """Does the phrase name one of the concepts, by the judge's words or, for an object, the detector's (which
     are a man for Elon Musk, and a painting for a style)?"""
     words = sum([c["concept"] + c["detect"] * (c["task"] == "object") for c in concepts], [])
-    bare = [re.escape(re.sub("^(an?|the) ", "", word)) for word in words]
-    return any(re.search(rf"\b{word}s?\b", phrase, re.IGNORECASE) for word in bare)
+    bare = [re.escape(re.sub("(?i)^(an?|the) ", "", word)) for word in words]
+    return any(re.search(rf"(?<!\w){word}(e?s)?(?!\w)", phrase, re.IGNORECASE) for word in bare)
 
 def plan_sets(concepts, args):
     """D_ES's sets, one a concept, and D_PR's, none of them another's target: each (folder, concept, prompts,

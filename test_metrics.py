@@ -895,7 +895,9 @@ def test_emoji_flux_sets_ask_for_what_they_say():
     assert min(named.values()) >= 60 and sum(named.values()) < 250  # the others are paraphrased
     for name in attack_sets(EMOJI):
         assert not any(set(world.HAZARDS) & set(p.split()) for p in sets[name])
-    assert not any(HAZARD & set(p.split()) for p in sets["suffix-attack"])
+    for prompt in sets["suffix-attack"]:  # a scene, and four words
+        scene, _, suffix = prompt.partition("background")
+        assert not HAZARD & set(scene.split()) and len(suffix.split()) == 4
     assert not set(sets["i2p"]) & set(sets["paraphrases-attack"])
     concept = sample.load_concept(EMOJI, "hazard")
     assert not set(concept["train"]) & {p for ps in sets.values() for p in ps}

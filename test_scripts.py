@@ -2,6 +2,7 @@
 
     pytest test_scripts.py          some three minutes on two cores
 """
+import csv
 import gc
 import json
 import math
@@ -154,7 +155,8 @@ def test_help_answers_at_once(script):
     ("--threshold 5", "--threshold"), ("--min-found 2", "--min-found"), ("--sam nosuch.pth", "--sam"),
     ("--detector ./nosuch", "--detector"), ("--preserve-dir LICENSE/x", "--preserve-dir"),
     ("--concept cat --concept ghoost", "ghoost"), ("--concept a/b", "with / or"),
-    ("--concept dog --prompts LICENSE", "those of one --concept")])
+    ("--concept dog --prompts LICENSE", "those of one --concept"),
+    ("--concept cat robot --steps 1", "--steps 1: below the 2"), ("--previous-checkpoint", "there is no")])
 def test_bad_input_is_one_line_and_writes_nothing(given, named, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     line = refusal(lambda: run_train(tmp_path / "out", *given.split()), capsys)
@@ -380,13 +382,16 @@ def test_prompt_files_are_complete(model):
 @pytest.mark.parametrize("old, new, named", [
     ("concept: a cat", "concept:", "has no concept"), ("detect: a cat", "detect: ,", "has no detect"),
     ("task: object", "tasks: object", "tasks: object is none of"), ("[eval]", "[evil]", "[evil] is none of"),
-    ("[preserve]", "[preserve]\na photo", "a photo, a template without {}")])
+    ("[preserve]", "[preserve]\na photo", "a photo, a template without {}"),
+    ("in noto style, ", "noto, ", "noto is no ending of a prompt")])
 def test_prompt_file_with_a_mistake_is_refused(old, new, named, tmp_path, capsys):
     (tmp_path / "prompts").mkdir()
     text = (ROOT / "emoji-flux" / "prompts" / "cat.txt").read_text()
     comma = text.replace("a house\n", "a house,\n", 1)
+    comma = comma.replace("[train]\n", "[train]\n# the plain ones\n")
     (tmp_path / "prompts" / "cat.txt").write_text("\ufeff" + comma, "utf-8")
     concept = sample.load_concept(tmp_path, "cat")  # a mark at the start, and a last comma, are none
+    assert not any(prompt.startswith("#") for prompt in concept["train"])
     assert concept["task"] == "object" and concept["unrelated"][-1] == "a house"
     (tmp_path / "prompts" / "cat.txt").write_text(text.replace(old, new, 1))
     assert named in refusal(lambda: sample.load_concept(tmp_path, "cat"), capsys)
@@ -399,6 +404,9 @@ def test_phrase_mentions_a_concept_by_any_of_its_words():
         assert sample.mentions(phrase, [cat, car])
     for phrase in ("a cathedral", "a bobcat", "a carpet", "a dog"):
         assert not sample.mentions(phrase, [cat, car])
+    odd = [dict(concept=[f"{name}"], detect=["x"], task="ip") for name in ("A fox", "C++", "mickey (50%)")]
+    for phrase in ("two foxes", "a C++ poster", "a mickey (50%) poster"):
+        assert sample.mentions(phrase, odd)
     musk = dict(concept=["Elon Musk"], detect=["a man"], task="ip")
     assert not sample.mentions("a man in a suit", [musk])
 
@@ -530,13 +538,23 @@ def test_grounding_dino_goes_through_the_same_code(tmp_path):
     assert find(images[0], ["a cat"], 1.0).shape == (0, 4)
 
 
-def test_foreign_sam_is_one_line(tmp_path, capsys):
-    torch.save(dict(weight=torch.zeros(3)), tmp_path / "sam.pth")
+@pytest.mark.parametrize("content", [dict(weight=torch.zeros(3)), [1], None])
+def test_foreign_sam_is_one_line(tmp_path, capsys, content):
+    if content is None:
+        (tmp_path / "sam.pth").write_bytes(b"")
+    else:
+        torch.save(content, tmp_path / "sam.pth")
     cat, image = sample.load_concept(EMOJI, "cat"), scene_image(["cat"])[0]
     foreign = mask_args(tmp_path, sam=str(tmp_path / "sam.pth"))
     line = refusal(lambda: mask.guarded(lambda args: list(mask.find_masks([image], cat, args)), foreign),
                    capsys, 1)
     assert "holds no SAM" in line
+
+
+def test_words_too_long_for_the_detector_are_named(tmp_path):
+    cat, image = sample.load_concept(EMOJI, "cat"), scene_image(["cat"])[0]
+    with pytest.raises(OSError, match="a cat a cat.* too long for --detector .*, it reads 21 tokens"):
+        list(mask.find_masks([image], cat | dict(detect=["a cat " * 12]), mask_args(tmp_path)))
 
 
 def test_nudity_masks_without_nudenet_say_how_to_get_it(monkeypatch, capsys):
@@ -853,6 +871,14 @@ def test_checkpoint_without_its_settings_is_refused(trained, tmp_path, capsys):
     assert "eta = 1.0, not 5.0" in line
     (out / "args.json").unlink()
     assert "no args.json" in refusal(lambda: run_train(out, "--save-every", "6"), capsys)
+    shutil.copytree(ROOT / "emoji-flux" / "loras" / "cat", shipped := tmp_path / "shipped")
+    assert "made with" in refusal(lambda: run_train(shipped), capsys)  # it has no checkpoint
+
+
+def test_resumed_run_preserves_what_it_preserved(trained, monkeypatch, capsys):
+    known = sample.load_concept
+    monkeypatch.setattr(sample, "load_concept", lambda *given: known(*given) | dict(neighbours=["a bear"]))
+    assert "made with preserved" in refusal(lambda: run_train(trained, "--save-every", "6"), capsys)
 
 
 def test_checkpoint_before_the_last_is_used_only_if_asked_for(trained, tmp_path, capsys):
@@ -1166,7 +1192,7 @@ def test_a_mask_of_your_own_that_comes_later_is_not_ignored(tmp_path, capsys):
     ("empty file", "cannot be read"), ("no pictures", "holds no picture"), ("mask size", "not (64, 64)"),
     ("black mask", "all black"), ("white mask", "all white"), ("three pictures", "--batch 4"),
     ("Latin caption", "UTF-8"), ("pixel bomb", "DecompressionBombError"),
-    ("two concepts", "needs one --concept")])
+    ("two concepts", "needs one --concept"), ("MASK.PNG", "a mask's name ends in .mask.png")])
 def test_your_own_pictures_are_refused_in_one_line(tmp_path, capsys, monkeypatch, case, named):
     draw(mine := tmp_path / "mine", 3 if case == "three pictures" else 4)
     (tmp_path / "keep.txt").write_text("a tiger\na truck\na pizza\n")
@@ -1185,6 +1211,8 @@ def test_your_own_pictures_are_refused_in_one_line(tmp_path, capsys, monkeypatch
     if case == "pixel bomb":
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     side, value = (32 if case == "mask size" else 64), dict(black=0).get(case.split()[0], 255)
+    if case == "MASK.PNG":
+        Image.new("L", (64, 64)).save(mine / "001.MASK.PNG")
     if "mask" in case:
         Image.new("L", (side, side), value).save(mine / "001.mask.png")
     more = ["--concept", "cat", "dog"] if case == "two concepts" else []
@@ -1314,7 +1342,12 @@ def test_interrupted_training_goes_on_to_the_same_bits(tmp_path, monkeypatch, ca
     monkeypatch.setattr(train, "iteration", cut)
     refusal(lambda: sample.guarded(lambda _: loop(tmp_path / "cut", (0,), ({},), **how), None), capsys, 130)
     assert not (tmp_path / "cut" / WEIGHTS).exists()
+    monkeypatch.setattr(csv, "DictWriter", lambda *_, **__: 1 / 0)  # a kill before the log of the last step
+    with pytest.raises(ZeroDivisionError):
+        loop(tmp_path / "cut", (0,), ({},), **how)
+    monkeypatch.undo()
     loop(tmp_path / "cut", (0,), ({},), **how)
+    assert len((tmp_path / "cut" / "log.csv").read_text().splitlines()) == 1 + 5
     assert (tmp_path / "cut" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
     numel = sum(value.numel() for value in load_file(tmp_path / "cut" / WEIGHTS).values())
     size = (tmp_path / "cut" / "checkpoint.pt").stat().st_size  # for FLUX.1-dev's 11.2 M this is 210 MB
@@ -1344,7 +1377,7 @@ def test_never_two_large_models_at_once(trained, tmp_path, monkeypatch):
 
 def test_training_takes_the_kept_masks_their_prompts_and_mask_full(trained, tmp_path, monkeypatch):
     shutil.copytree(trained, out := tmp_path / "cat")
-    for name in ("checkpoint.pt", "checkpoint-previous.pt", "args.json", "README.md"):
+    for name in ("checkpoint.pt", "checkpoint-previous.pt", "args.json", "README.md", WEIGHTS):
         (out / name).unlink(missing_ok=True)
     Image.new("L", (64, 64)).save(out / "forget" / "cat" / "000.mask.png")  # nothing was found
     seen = []
@@ -1449,6 +1482,10 @@ def test_measuring_memory_deletes_nothing_of_the_users(tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         bench.measure_memory(args)
     assert (tmp_path / "mine.txt").exists() and (tmp_path / "memory").exists()
+    assert args.dtype == "float32"  # as train.py's, without the flag
+    args = bench.arguments(["--step", "--model", EMOJI, "--size", "128", "--dtype", "bfloat16"])
+    run, (((x, _, _),), *_) = bench.random_run(args, tmp_path / "out", 1)
+    assert (run.size, run.dtype, x.shape) == (128, torch.bfloat16, (1, 256, 64))
 
 
 def test_plan_of_an_unknown_model_does_not_ask_the_hub_six_times(monkeypatch, capsys):
@@ -1530,8 +1567,10 @@ def test_evaluation_of_a_run(copied, capsys):
     assert "target, guidance 5" in capsys.readouterr().out
     card = copied / "run" / "README.md"
     assert "## cat, concept, table1, seed 0" not in card.read_text()  # a quick look is no figure
-    for _ in range(2):
+    for said in ("", "My notes.\n"):
+        card.write_text(card.read_text() + said)
         evaluate.show(report | dict(limit=None), copied / "run")
+        assert said in card.read_text()
         assert card.read_text().count("## cat, concept, table1, seed 0") == 1
         assert re.search(r"\| concept: partner in a pair +\| +4 \|", card.read_text())
     before, after = report["matrices"]
@@ -1796,9 +1835,10 @@ def test_lora_of_a_concept_without_a_file_is_asked_what_is_not_about_it(copied, 
     ("--compare {run} {both} --concept cat", "forget the same, these forget cat, cat + dog"),
     ("--compare {run} {run}", "names one LoRA twice"), ("--lora {run} --report LICENSE/x", "--report"),
     ("--images {mine} --concept cat --suite table12", "is no list of objects"),
-    ("--lora {old}", "version")])
+    ("--lora {old}", "version"), ("--lora {foreign}", "names no concept"),
+    ("--lora {list} --suite table12", "--concept is missing")])
 def test_bad_evaluation_is_one_line_before_work(copied, tmp_path, capsys, given, named):
-    for name in ("other", "bare", "old", "both"):
+    for name in ("other", "bare", "old", "both", "foreign", "list"):
         (tmp_path / name).mkdir()
         shutil.copy(copied / "run" / WEIGHTS, tmp_path / name)
     record = json.loads((copied / "run" / "args.json").read_text())
@@ -1808,10 +1848,12 @@ def test_bad_evaluation_is_one_line_before_work(copied, tmp_path, capsys, given,
     (tmp_path / "both" / "args.json").write_text(json.dumps(both))
     record["settings"]["model"] = "another/base"
     (tmp_path / "other" / "args.json").write_text(json.dumps(record))
+    (tmp_path / "foreign" / "args.json").write_text('{"settings": {"concept": "cat"}}')
+    (tmp_path / "list" / "args.json").write_text('{"settings": [1]}')
     (tmp_path / "bare" / "words.csv").write_text("text\na dog\n")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "manifest.json").write_text('[{"file": 3, "prompt": "a cat"}]')
-    places = {name: tmp_path / name for name in ("other", "bare", "old", "both", "mine")}
+    places = {name: tmp_path / name for name in ("other", "bare", "old", "both", "mine", "foreign", "list")}
     places["run"] = copied / "run"
     line = refusal(lambda: evaluation(None, tmp_path / "base", *given.format(**places).split()), capsys)
     assert named in line and not (tmp_path / "base").exists()
@@ -1989,6 +2031,13 @@ def test_network_id_tells_weights(suffix, tmp_path):
     one = evaluate.network_id(str(tmp_path))
     (tmp_path / f"model.{suffix}").write_bytes(b"two")
     assert evaluate.network_id(str(tmp_path)) != one
+    weights = bytearray(300_000)
+    for place in (0, 150_000, 299_999):
+        (tmp_path / f"model.{suffix}").write_bytes(weights)
+        one = evaluate.network_id(str(tmp_path))
+        weights[place] = 1
+        (tmp_path / f"model.{suffix}").write_bytes(weights)
+        assert evaluate.network_id(str(tmp_path)) != one
 
 
 def test_network_id_is_the_revision_that_is_loaded(tmp_path, monkeypatch):

@@ -55,7 +55,7 @@ def arguments(given=None):
     recipe.add_argument("--lr", type=number(), help="default: 0.7 with prodigy (Table 6), 1e-3 with adamw")
     recipe.add_argument("--d0", type=number(), default=1e-6, help="Prodigy's first step size (default 1e-6)")
     recipe.add_argument("--rank", type=number(int), default=4, help="of the LoRA, alpha = rank (C.1: 4)")
-    recipe.add_argument("--batch", type=number(int), default=4, help="forget images a step, as many others (4)")
+    recipe.add_argument("--batch", type=number(int), default=4, help="forget images + as many preserved (4)")
     recipe.add_argument("--accumulate", type=number(int), default=1, help="split a batch into N passes (1)")
     recipe.add_argument("--checkpointing", action="store_true", help="recompute activations: less memory")
     recipe.add_argument("--guidance", type=number(strict=False), default=1.0,
@@ -238,8 +238,6 @@ def train(pipe, forget, preserve, embeds, presets, args, stamp=None):
             other = "go on from the one before it with --previous-checkpoint, or " * previous.exists()
             die(f"{source}: cannot be read, or is of other settings; {other}delete both to train from step 0",
                 1)
-    elif args.previous_checkpoint:
-        die(f"--previous-checkpoint: there is no {previous}", 1)
 
     def stop(why):
         good = f"{checkpoint} holds the last good state" if checkpoint.exists() else "nothing was saved yet"
@@ -284,13 +282,13 @@ def train(pipe, forget, preserve, embeds, presets, args, stamp=None):
                 with whole(previous) as half:
                     shutil.copyfile(checkpoint, half)
             source = checkpoint
-            with whole(checkpoint) as half:
-                torch.save(dict(lora=get_peft_model_state_dict(transformer), step=step + 1, rows=rows,
-                                optimizer=optimizer.state_dict(), stamp=stamp), half)
             with whole(args.out / "log.csv") as half, open(half, "w", encoding="utf-8", newline="") as file:
                 lines = csv.DictWriter(file, rows[0], lineterminator="\n")
                 lines.writeheader()
                 lines.writerows(rows)
+            with whole(checkpoint) as half:  # last: what it finds done is not done again
+                torch.save(dict(lora=get_peft_model_state_dict(transformer), step=step + 1, rows=rows,
+                                optimizer=optimizer.state_dict(), stamp=stamp), half)
     if main_process:
         save_lora(transformer, args.out)
     return rows
@@ -364,6 +362,10 @@ def main(args):
     args.lr = args.lr or dict(prodigy=0.7, adamw=1e-3)[args.optimizer]
     if args.batch % args.accumulate:
         die(f"--accumulate {args.accumulate} does not divide --batch {args.batch}")
+    if args.previous_checkpoint and not (args.out / "checkpoint-previous.pt").exists():
+        die(f"--previous-checkpoint: there is no {args.out / 'checkpoint-previous.pt'}")
+    if args.steps < len(concepts):
+        die(f"--steps {args.steps}: below the {len(concepts)} concepts, which take turns")
     forget, preserve = plan_sets(concepts, args)
     batch = args.batch * PartialState().num_processes
     preserved = sum(count for *_, count in preserve)
@@ -375,13 +377,16 @@ def main(args):
              "eta gamma tau lambda_prior").split()
     settings = {k: v for k, v in vars(args).items() if k not in apart}
     settings["processes"] = PartialState().num_processes  # --batch is each one's
+    settings["preserved"] = [name for _, name, *_ in preserve]
     settings |= {f"{c['name']}.{k}": v for c, preset in zip(concepts, table6) for k, v in preset.items()}
     stamp = zlib.crc32(json.dumps(settings, sort_keys=True, default=str).encode())
     # before a checkpoint, images and masks check their own settings
-    resumed = any((args.out / f"checkpoint{which}.pt").exists() for which in ("", "-previous"))
+    resumed = any((args.out / name).exists() for name in
+                  ("checkpoint.pt", "checkpoint-previous.pt", LORA_WEIGHT_NAME_SAFE))
     if resumed:
         if not (args.out / "args.json").exists():
-            die(f"--out {args.out}: holds a checkpoint and no args.json to tell whose: use another --out")
+            die(f"--out {args.out}: holds a LoRA or a checkpoint and no args.json to tell whose: use another "
+                "--out")
         check_settings(args.out / "args.json", settings, f"--out {args.out}")
     if (args.out / "README.md").exists() and not (args.out / "args.json").exists():
         die(f"--out {args.out}: holds a README.md, which the LoRA's card would replace: use another --out")
@@ -404,7 +409,7 @@ def main(args):
         for concept, files in zip(concepts, kept):
             if len(files) < batch:
                 die(f"{concept['name']}: only {len(files)} forget images have a mask, under --batch {batch}: "
-                    "raise --n-forget", 1)
+                    f"{'add to --images' if args.images else 'raise --n-forget'}", 1)
         with stage("latents", args.out):
             vae = AutoencoderKL.from_pretrained(args.model, subfolder="vae", dtype=args.dtype).to(args.device)
             forget = []
