@@ -53,8 +53,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 import train  # noqa: E402
 from inpo import inpo_loss  # noqa: E402
+from mask import load_sam  # noqa: E402
 
-GIB, SAM = 2**30, "masks (SAM's ViT-H)"
+GIB, SAM = 2**30, "masks (SAM)"
 # of attention's kernels the counter knows CUDA's only
 flop_registry[torch.ops.aten._scaled_dot_product_flash_attention_for_cpu] = sdpa_flop
 # FLUX.1's published configs, where they differ from the classes' defaults; schnell has no guidance
@@ -148,11 +149,14 @@ def call(method, *shape, dtype=None):
     return work
 
 @functools.cache
-def plan_masks():
-    """Bytes, and FLOP an image, of SAM's ViT-H, the largest network of that stage, whatever the model."""
+def plan_masks(model):
+    """Bytes, and FLOP an image, of SAM, the largest network of that stage: the model's own, else ViT-H."""
+    own = Path(model) / "sam.pth"
     with torch.device("meta"):
-        sam = sam_model_registry["vit_h"]().requires_grad_(False)
-    seen, _, flop = watch(sam, call("image_encoder", 1, 3, 1024, 1024), torch.float32)
+        sam = (load_sam(torch.load(own, map_location="meta", weights_only=True)) if own.exists() else
+               sam_model_registry["vit_h"]()).requires_grad_(False)
+    side = sam.image_encoder.img_size
+    seen, _, flop = watch(sam, call("image_encoder", 1, 3, side, side), torch.float32)
     return 4 * sum(p.numel() for p in sam.parameters()) + seen, flop
 
 def plan(args, texts=None, states=3.5):
@@ -202,12 +206,12 @@ def plan(args, texts=None, states=3.5):
         vae_bytes, optimizer = numel["vae"] * dtype.itemsize, 4 * sum(lora) * (2 + states)
         found["prompts"][how] = (numel["text_encoder"] + numel["text_encoder_2"]) * dtype.itemsize + text
         found["sample"][how] = resident + vae_bytes + max(decoded, drawn + used)
-        found[SAM][how] = plan_masks()[0]
+        found[SAM][how] = plan_masks(args.model)[0]
         found["latents"][how] = vae_bytes + encoded
         found["train"][how] = resident + optimizer + plain + max(used, kept * whole)
         found["train --checkpointing"][how] = resident + optimizer + given + within + max(used, kept * block)
     work = dict(forward=flop / args.sample_batch, decode=decode_flop / args.sample_batch, encode=encode_flop,
-                text=text_flop, mask=plan_masks()[1])
+                text=text_flop, mask=plan_masks(args.model)[1])
     return found, work, (len(lora) // 2, len(lora), sum(lora)), sum(numel.values())
 
 @functools.cache  # for FLUX.1-dev it takes 15 s
@@ -263,7 +267,7 @@ def show_plan(args):
           f"{args.sample_batch} sampled at once; computed")
     print(f"{'stage':24}" + "".join(f"{how:>10}" for how in found["train"]))
     for name, row in found.items():
-        print(f"{name:24}" + "".join(f"{n_bytes / GIB:10.2f}" for n_bytes in row.values()))
+        print(f"{name:24}" + "".join(f"{n_bytes / GIB:10.3g}" for n_bytes in row.values()))
     for name in ("train", "train --checkpointing"):
         cells = []
         for how in found[name]:

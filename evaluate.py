@@ -326,7 +326,11 @@ def change(before, other, masks_of):
     old, new = ([open_or_none(file) for file in job.files] for job in (before, other))
     if any(a.size != b.size for a, b in zip(old, new) if a and b):
         raise metrics.NotAvailable("the pictures have another size than the model's, give --size")
-    return metrics.locality(old, new, masks_of(tuple(before.files))).tolist()
+    masks = masks_of(tuple(before.files))
+    if not masks.any():
+        raise metrics.NotAvailable("in no picture of the frozen model was there a mask, give --threshold; a "
+                                   "style has none outside of a frame")
+    return metrics.locality(old, new, masks).tolist()
 
 def distance(before, other, load):
     """Frechet distance of the features of two sets of pictures: a figure, n is how many could be read in
@@ -564,7 +568,8 @@ def evaluate(args, lines):
         cells=[make_cell(row, column, args) for row in rows for column in row["columns"]],
         against=list(against(rows)) if args.compare else [],
         grids=list(make_grids(rows, jobs, concepts, args)), matrices=matrices,
-        curves=[curve for curve, _ in runs if curve], cost=[cost for _, cost in runs if cost],
+        curves=[curve for curve, _ in runs if curve],
+        cost=[cost or dict(row=row["name"]) for row, (_, cost) in zip(rows, runs)],
         dropped={name: prompts_of(name)["dropped"] for name in public}, broken=broken, notes=NOTES)
     write_report(report, folder)
     show(report, folder)

@@ -9,6 +9,7 @@ dropped and counted, it never gets an empty or full mask.
 """
 import argparse
 from functools import partial
+from pathlib import Path
 from pickle import UnpicklingError
 
 from sample import (check_settings, contact_sheet, die, guarded, keep_settings, mask_flags, model_flags,
@@ -30,7 +31,8 @@ from segment_anything.modeling import (ImageEncoderViT, MaskDecoder, PromptEncod
                                        TwoWayTransformer)
 from torchvision.ops import nms  # noqa: E402
 from tqdm import tqdm  # noqa: E402
-from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor  # noqa: E402
+from transformers import (MODEL_FOR_ZERO_SHOT_OBJECT_DETECTION_MAPPING, AutoConfig,  # noqa: E402
+                          AutoModelForZeroShotObjectDetection, AutoProcessor)
 
 def build_sam(img_size, patch, width, depth, heads, global_blocks, window, decoder_width, decoder_mlp):
     """A Sam of any size; sam_model_registry builds the three published ones only."""
@@ -129,8 +131,22 @@ def find_masks(images, concept, args):
             mask |= predictor.predict(box=box, multimask_output=False)[0][0]  # (H, W)
         yield mask
 
+def check_networks(args):
+    """Refuse a --sam or --detector in a file here that is none, by its header alone."""
+    if Path(args.sam).exists():
+        try:
+            torch.load(args.sam, map_location="meta", weights_only=True)["image_encoder.pos_embed"]
+        except Exception as error:  # torch has many names for a file that is not its own
+            die(f"--sam {args.sam}: holds no SAM ({type(error).__name__})")
+    if Path(args.detector).exists():
+        try:
+            MODEL_FOR_ZERO_SHOT_OBJECT_DETECTION_MAPPING[type(AutoConfig.from_pretrained(args.detector))]
+        except (KeyError, OSError, ValueError):
+            die(f"--detector {args.detector}: is no OWLv2 or GroundingDINO, by its config.json")
+
 def check_masks(folder, concept, args):
     """Refuse masks that other settings have made -> the settings, and how to make the masks again."""
+    check_networks(args)
     again = f"delete {folder}/*.mask.png and masks.json to make them again"
     settings = dict(detect=concept["detect"], task=concept["task"], threshold=args.threshold,
                     detector=args.detector, sam=args.sam, weights=args.weights)

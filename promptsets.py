@@ -161,10 +161,13 @@ def cycled(rows, n):
 
 def plan_images(concept, n, guidance, also=()):
     """{set of images: (its prompts, guidance)}, {figure: (set, n lists of answers that are a yes)}. also: the
-    other concepts that the LoRA forgets, of which nothing that is to stay may speak."""
+    other concepts that the LoRA forgets, of which nothing that is to stay may speak, and what they preserve
+    has been seen."""
     target, is_style = concept["concept"], concept["task"] == "style"
     neighbours, unseen, unrelated = ([o for o in concept[key] if not mentions(o, also)]
                                      for key in ("neighbours", "unseen", "unrelated"))
+    seen = sum([each["neighbours"] + each["unrelated"] for each in also], [])
+    unseen = [o for o in unseen if o not in seen]
     templates = [t for t in concept["preserve"] if not mentions(t, also)]
     if not unrelated or not templates:
         die(f"--concept {concept['name']}: all that its file calls unrelated is forgotten too")
@@ -276,6 +279,13 @@ def plan_suite(suite, concept, forgotten, prompts_of, words, args):
         judged(acc, *sets, asked=[[each["concept"]] for each in forgotten])
         take("scenes", *own["scenes"])
         column(clip, "clip", "scenes")
+        alike = [each for each in forgotten if (each["task"] == "style") == (concept["task"] == "style")]
+        union = {key: list(dict.fromkeys(sum([each[key] for each in alike], [])))
+                 for key in ("neighbours", "unrelated", "unseen")}
+        kept, said = plan_images(concept | union, 100, args.sample_guidance, forgotten)
+        for name in sorted({"preserved", "never seen"} & kept.keys(), reverse=True):
+            take(f"{name}, of all", *kept[name])
+            judged(f"{name}, of all", f"{name}, of all", asked=[said[name][1]], better="higher")
         for each in forgotten:
             judged(f"{acc}, {each['name']}", f"target, {each['name']}", asked=[[each["concept"]]])
     elif suite == "table12":

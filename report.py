@@ -255,7 +255,9 @@ def html_text(report):
                    chart("dS", c["step"], c["dS"], min(0, *c["dS"]), max(0, *c["dS"])) +
                    chart("alpha", c["step"], c["alpha"], 0, 1) + "</div>")
     cost = [(escape(c["row"]), "".join(f"<td>{number(c.get(key), digits)}</td>" for key, digits in (
-        ("seconds", 0), ("peak_gib", 2), ("forwards", 0)))) for c in report["cost"]]
+        ("seconds", 0), ("peak_gib", 2), ("forwards", 0))) if "forwards" in c else
+        '<td colspan="3" class="none">not available: its log.csv and stages.csv do not lie beside it</td>')
+        for c in report["cost"]]
     words = [(escape(name), f"<td>{sum(found.values())}</td><td>" +
               escape(", ".join(f"{word} {count}" for word, count in found.items())) + "</td>")
              for name, found in report["dropped"].items() if found]

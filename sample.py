@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import os
+import platform
 import re
 import signal
 import subprocess
@@ -81,18 +82,20 @@ def drawing_flags(parser):
     parser.add_argument("--offload", action="store_true",
                         help="they wait in main memory, a layer at a time is on the device: slow")
     parser.add_argument("--size", type=number(int), help="pixels a side (default: the VAE's sample_size)")
-    parser.add_argument("--sample-steps", type=number(int), default=28, help="denoising steps (default 28)")
-    parser.add_argument("--sample-guidance", type=number(strict=False), default=3.5, help="default 3.5")
+    parser.add_argument("--sample-steps", type=number(int), default=28,
+                        help="denoising steps, unstated (default 28)")
+    parser.add_argument("--sample-guidance", type=number(strict=False), default=3.5,
+                        help="unstated (default 3.5)")
     parser.add_argument("--sample-batch", type=number(int),
                         help="images at once (default: 25, 5 or 1, by their size; 5 at 1024 pixels)")
 
 def data_flags(parser):
     parser.add_argument("--n-forget", type=number(int), default=50, help="N_ES, unstated (default 50)")
     parser.add_argument("--n-preserve", type=number(int), default=25, help="images a concept (C.1: 25)")
-    parser.add_argument("--prompts", type=Path, help="a text file of forget prompts, instead of [train]")
+    parser.add_argument("--prompts", type=Path, help="a text file of forget prompts (default: [train])")
     parser.add_argument("--preserve", type=Path,
                         help="a text file of preserved prompts for D_PR, 8 x --n-preserve images in all")
-    parser.add_argument("--preserve-dir", type=Path, help="D_PR's images lie here, for several runs to share")
+    parser.add_argument("--preserve-dir", type=Path, help="D_PR's images, for runs to share (in --out)")
     parser.add_argument("--images", type=Path, help="a folder of your own forget images, no prompt file "
                         "needed: X.jpg, its caption X.txt, its mask X.mask.png")
     parser.add_argument("--task", choices=TASKS, help="with --images: Table 6's preset")
@@ -468,15 +471,16 @@ def check_settings(path, settings, what, instead="use another --out"):
                             for row in (made, settings))
                 die(f"{what}: was made with {key} = {was}, not {now}: {instead}")
 
-def keep_settings(path, settings):
-    """Write settings, versions and commit to a json file."""
+def keep_settings(path, settings, **more):
+    """Write settings, more that may change from run to run, versions and commit to a json file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    versions = {name: version(name) for name in ("torch", "diffusers", "transformers", "peft")}
+    packages = "torch diffusers transformers peft accelerate prodigyopt torchao".split()
+    versions = dict(python=platform.python_version()) | {name: version(name) for name in packages}
     commit = ""
     with contextlib.suppress(OSError):  # no git here
         git = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True)
         commit = git.stdout.strip()
-    record = dict(settings=settings, versions=versions, commit=commit)
+    record = dict(settings=settings, **more, versions=versions, commit=commit)
     write_text(path, json.dumps(record, indent=1, default=str))
 
 @contextlib.contextmanager

@@ -346,8 +346,9 @@ def test_eq15_eq17_loss_is_its_formula():
             for prefactor, detach in itertools.product(factor, (False, True)):
                 loss = inpo_loss(dS, eta, gamma, tau, beta, prefactor, detach)
                 close(loss, [factor[prefactor] * x for x in expected], atol=0)
-            b = beta * (eta / beta)  # Eq. 17 writes b = beta lambda where Eq. 15 has eta
-            close(inpo_loss(dS, b, gamma, tau, beta), inpo_loss(dS, eta, gamma, tau, beta))
+            lam = eta / beta  # Eq. 17 writes beta lambda where Eq. 15 has eta
+            of_17 = [2 * beta * a * math.log1p(math.exp(-beta * lam * x)) for a, x in zip(alpha, dS.tolist())]
+            close(inpo_loss(dS, eta, gamma, tau, beta), of_17, atol=0)
 
 
 def test_eq15_loss_is_per_sample():

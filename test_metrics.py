@@ -179,12 +179,10 @@ def test_frechet_distance_is_torch_fidelitys():
              (normal(12, 20), 1.5 * normal(30, 20, seed=1) - 0.2)]  # here a covariance is singular
     for pair, recorded in zip(pairs, FIDELITY):
         assert metrics.frechet_distance(*pair) == pytest.approx(recorded, rel=1e-6)
-    try:
-        from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
-    except ImportError:  # an optional package: its figures are above
-        return
+    fid = pytest.importorskip("torch_fidelity.metric_fid")  # an optional package: its figures are above
     for pair, recorded in zip(pairs, FIDELITY):
-        live = fid_statistics_to_metric(*(fid_features_to_statistics(torch.tensor(x)) for x in pair), False)
+        live = fid.fid_statistics_to_metric(
+            *(fid.fid_features_to_statistics(torch.tensor(x)) for x in pair), False)
         assert live["frechet_inception_distance"] == pytest.approx(recorded, rel=1e-6)
 
 
@@ -558,10 +556,8 @@ def test_inception_gets_bytes_in_order_and_gives_float64(monkeypatch):
 
 
 def test_real_inception_where_there_is_one(monkeypatch):
-    try:
-        from torch_fidelity import feature_extractor_inceptionv3 as inception
-    except ImportError:  # an optional package: the test above has its interface
-        return
+    # an optional package: the test above has its interface
+    inception = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
     from urllib.error import URLError
 
     def away(*_, **__):
@@ -621,10 +617,8 @@ def test_nudenet_is_asked_at_320_pixels_about_bgr(monkeypatch):
 
 
 def test_real_nudenet_reads_pixels_as_it_reads_files(tmp_path):
-    try:
-        from nudenet import NudeDetector
-    except ImportError:  # an optional package: the test above has its interface
-        return
+    # an optional package: the test above has its interface
+    NudeDetector = pytest.importorskip("nudenet").NudeDetector
     image = scene("cat").resize((200, 200))
     image.save(tmp_path / "a.png")
     assert metrics.load_nudenet()([image]) == [NudeDetector().detect(str(tmp_path / "a.png"))]

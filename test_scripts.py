@@ -153,7 +153,9 @@ def test_help_answers_at_once(script):
     ("--images docs", "--task and --preserve"), ("--task style", "--task, --caption"),
     ("--d0 0", "--d0"), ("--previous-checkpoint 1", "1"), ("--seed 5000000000", "--seed"),
     ("--threshold 5", "--threshold"), ("--min-found 2", "--min-found"), ("--sam nosuch.pth", "--sam"),
-    ("--detector ./nosuch", "--detector"), ("--preserve-dir LICENSE/x", "--preserve-dir"),
+    ("--detector ./nosuch", "--detector"), ("--sam LICENSE", "--sam LICENSE: holds no SAM"),
+    ("--sam docs", "holds no SAM"), ("--detector emoji-flux/vae", "no OWLv2"),
+    ("--preserve-dir LICENSE/x", "--preserve-dir"),
     ("--concept cat --concept ghoost", "ghoost"), ("--concept a/b", "with / or"),
     ("--concept dog --prompts LICENSE", "those of one --concept"),
     ("--concept cat robot --steps 1", "--steps 1: below the 2"), ("--previous-checkpoint", "there is no")])
@@ -434,6 +436,15 @@ SETTINGS = dict(model="m", weights="", seed=0, size=64, sample_steps=3, sample_g
                 dtype=torch.float32, quantize="none")
 
 
+def test_guidance_and_the_whole_prompt_reach_the_pictures():
+    embeds = sample.encode_prompts(EMOJI, ["a cat"], "cpu", torch.float32)
+    assert embeds["a cat"][0].shape == (20, 128)  # the tokenizer's model_max_length
+    pipe = sample.place(sample.load_denoiser(flags()), flags())
+    one, same, five = (np.asarray(sample.generate(pipe, embeds, ["a cat"], [0], 4, guidance, 64)[0], float)
+                       for guidance in (1.0, 1.0, 5.0))
+    assert (one == same).all() and np.abs(one - five).mean() > 1
+
+
 def test_more_images_never_change_the_earlier_ones(tmp_path):
     args = Namespace(**SETTINGS | dict(model=EMOJI))
     prompts = ["a cat", "a dog on a blue background"]
@@ -457,6 +468,26 @@ def test_more_images_never_change_the_earlier_ones(tmp_path):
 def mask_args(tmp_path, **more):
     return Namespace(**dict(model=EMOJI, weights="", out=tmp_path, device="cpu", threshold=0.2, min_found=0.5,
                             detector=EMOJI + "/detector", sam=EMOJI + "/sam.pth") | more)
+
+
+def test_detector_heeds_the_threshold_and_goes_before_sam_comes(tmp_path, monkeypatch):
+    load_detector, load_sam, seen = mask.load_detector, mask.load_sam, []
+
+    def first(*given):
+        find = load_detector(*given)
+        seen.append(weakref.ref(find))
+        return find
+
+    def then(weights):
+        assert seen[-1]() is None
+        return load_sam(weights)
+
+    monkeypatch.setattr(mask, "load_detector", first)
+    monkeypatch.setattr(mask, "load_sam", then)
+    cat, image = sample.load_concept(EMOJI, "cat"), scene_image(["cat"])[0]
+    for threshold, found in ((0.2, True), (1.0, False)):
+        masks = list(mask.find_masks([image], cat, mask_args(tmp_path, threshold=threshold)))
+        assert masks[0].any() == found
 
 
 def test_mask_finds_every_instance_and_nothing_else(tmp_path):
@@ -718,11 +749,15 @@ def test_training_leaves_what_it_promises(trained):
     names = "curves.png before_after.png masks-cat.png samples.png log.csv args.json stages.csv".split()
     for name in (WEIGHTS, f"step-6/{WEIGHTS}", *names):
         assert (trained / name).stat().st_size > 0
-    assert json.loads((trained / "args.json").read_text())["settings"]["cat.eta"] == 1.0
+    record = json.loads((trained / "args.json").read_text())
+    assert record["settings"]["cat.eta"] == 1.0 and record["apart"]["min_found"] == 0.2
+    assert {"python", "torch", "prodigyopt"} <= record["versions"].keys()
     stages = [line.split(",") for line in (trained / "stages.csv").read_text().splitlines()]
     assert [s[0] for s in stages] == "prompts sample masks latents train pictures".split()
     assert all(0.1 < float(s[2]) < 3 for s in stages)
-    assert len((trained / "log.csv").read_text().splitlines()) == 13
+    with open(trained / "log.csv", newline="") as file:
+        log = list(csv.DictReader(file))
+    assert len(log) == 12 and {row["d_lr"] for row in log} == {"0.001"}  # AdamW's
     assert not list(trained.rglob("*.tmp"))
 
 
@@ -1114,6 +1149,8 @@ def test_several_concepts_take_turns_and_are_never_preserved(tmp_path, capsys):
     assert args.steps == 700 and [(row["eta"], row["gamma"]) for row in rows] == [(1.0, 2.0), (3.0, 2.0)]
     groups = train.picture_groups([sample.load_concept(EMOJI, name) for name in ("cat", "tiger")])
     assert groups["together"] == ["a cat and a tiger"] and "a tiger" not in groups["neighbours"]
+    mixed = [sample.load_concept(EMOJI, name) for name in ("cat", "noto")]
+    assert train.picture_groups(mixed)["together"] == ["a cat in noto style"]
     found = figures(evaluation(out, tmp_path / "base", "--suite", "table8"))
     assert found["table8", "ACC (emoji)"]["n"] == 8 and found["table8", "ACC (emoji), tiger"]["n"] == 4
     assert (tmp_path / "base" / "before" / "cat+tiger" / "target, tiger" / "003.png").exists()
@@ -1136,8 +1173,10 @@ def test_your_own_pictures_without_a_prompt_file(tmp_path, capsys):
     pictures[5].save(mine / "5.png")
     region = np.zeros((80, 96), np.uint8)
     region[:40] = 255
-    for name in ("2 ü", "5"):
-        Image.fromarray(region).save(mine / f"{name}.mask.png")
+    Image.fromarray(region).save(mine / "5.mask.png")
+    cut_out = Image.new("RGBA", (96, 80), "white")
+    cut_out.putalpha(Image.fromarray(region))
+    cut_out.save(mine / "2 ü.mask.png")
     (mine / "5.txt").write_text("the cat of our house")
     (mine / "6.txt").write_text("a child with a cat")
     pictures[5].save(mine / "6.png")
@@ -1154,8 +1193,9 @@ def test_your_own_pictures_without_a_prompt_file(tmp_path, capsys):
     assert np.abs(np.asarray(made[0], float) - wanted).mean() < 5
     gray = np.asarray(sample.ImageOps.fit(pictures[3].convert("L"), (64, 64)).convert("RGB"), float)
     assert np.abs(np.asarray(made[3], float) - gray).mean() < 2
-    half = np.asarray(Image.open(folder / "005.mask.png"))
-    assert half[:31].all() and not half[33:].any()
+    for name in ("002.mask.png", "005.mask.png"):
+        half = np.asarray(Image.open(folder / name))
+        assert half[:31].all() and not half[33:].any()
     manifest = json.loads((out / "preserve" / "keep" / "manifest.json").read_text())
     assert [row["prompt"] for row in manifest] == ["a tiger", "a truck"] * 8
     assert (out / WEIGHTS).exists()
@@ -1274,6 +1314,8 @@ def test_defaults_are_the_papers(trained):
     how = Namespace(optimizer="prodigy", lr=0.7, d0=1e-5)
     group, = train.make_optimizer([torch.nn.Parameter(torch.zeros(1))], how).param_groups
     assert (group["lr"], group["d0"], group["decouple"]) == (0.7, 1e-5, True)
+    assert (group["betas"], group["weight_decay"]) == ((0.9, 0.999), 1e-4)
+    assert group["use_bias_correction"] and group["safeguard_warmup"]
     assert json.loads((trained / "args.json").read_text())["settings"]["lr"] == 1e-3  # AdamW's
     args = train.arguments(["--concept", "cat", "--model", EMOJI, "--seed", "2"])
     sample.setup(args)
@@ -1451,6 +1493,12 @@ def test_plan_counts_flux_dev_lora():
     assert (len(lora) // 2, len(lora), sum(p.numel() for p in lora)) == (342, 684, 11_206_656)
 
 
+def test_plan_counts_the_models_own_sam():
+    own = sum(value.numel() for value in torch.load(f"{EMOJI}/sam.pth", weights_only=True).values())
+    assert 4 * own < bench.plan_masks(EMOJI)[0] < 20 * own
+    assert bench.plan_masks("none")[0] > 4 * 632e6  # the ViT-H's encoder
+
+
 def test_plan_counts_bytes_that_live_at_once():
     network = torch.nn.Sequential(torch.nn.Linear(10, 1000), torch.nn.Linear(1000, 10)).requires_grad_(False)
 
@@ -1488,6 +1536,13 @@ def test_measuring_memory_deletes_nothing_of_the_users(tmp_path, monkeypatch):
     assert (run.size, run.dtype, x.shape) == (128, torch.bfloat16, (1, 256, 64))
 
 
+def test_step_is_measured_beside_a_bare_loop(tmp_path, capsys):
+    bench.measure_step(bench.arguments(["--step", "--model", EMOJI, "--out", str(tmp_path)]), 3)
+    (ours, bare, ratio), _ = (map(float, re.findall(r"[\d.]+", line.partition(" train.py")[2]))
+                              for line in capsys.readouterr().out.splitlines()[-2:])
+    assert 0.3 < ratio < 3 and ratio == pytest.approx(ours / bare, rel=0.1)
+
+
 def test_plan_of_an_unknown_model_does_not_ask_the_hub_six_times(monkeypatch, capsys):
     def away(*_, **__):
         raise ConnectionError
@@ -1501,7 +1556,7 @@ def test_plan_of_an_unknown_model_does_not_ask_the_hub_six_times(monkeypatch, ca
 def test_plan_of_a_stage_is_the_sum_of_its_parts(monkeypatch, capsys):
     """By hand, from what a network needs at its peak (1,000 bytes, say), keeps (10) and computes (5)."""
     monkeypatch.setattr(bench, "watch", lambda *_: (1000, 10, 5))
-    monkeypatch.setattr(bench, "plan_masks", lambda: (7, 5))
+    monkeypatch.setattr(bench, "plan_masks", lambda _: (7, 5))
     args = bench.arguments(["--plan", "--model", EMOJI])
     found, _, (_, _, lora), _ = bench.plan(args, states=3)
     networks = [bench.build(part, bench.config_of(EMOJI, part)) for part in ("transformer", "vae")]
@@ -1511,7 +1566,7 @@ def test_plan_of_a_stage_is_the_sum_of_its_parts(monkeypatch, capsys):
     for name, row in found.items():
         whole[name] = row["none"], row["offload"]
     assert whole["sample"] == (weights + vae + 1000, vae + 1000 + layer)
-    assert whole["masks (SAM's ViT-H)"] == (7, 7) and whole["latents"] == (vae + 1000,) * 2
+    assert whole["masks (SAM)"] == (7, 7) and whole["latents"] == (vae + 1000,) * 2
     assert whole["train"] == (weights + tuned + 1000, tuned + 1000 + weights)  # by autograd
     assert whole["train --checkpointing"][0] == weights + tuned + 10 + 1000
     assert found["sample"]["int8"] == pytest.approx(1.01 / 2 * weights + vae + 1000 + layer)
@@ -1778,7 +1833,8 @@ def test_foreign_files_beside_a_lora_are_no_obstacle(copied, tmp_path):
     (tmp_path / "other" / "stages.csv").write_text("train,1\n")
     given = ["--concept", "cat", "--suite", "table12", "--no-floor", "--limit", "2"]
     report = evaluation(tmp_path / "other", copied / "base", *given)
-    assert report["curves"] == report["cost"] == []
+    assert report["curves"] == [] and report["cost"] == [dict(row="cat")]
+    assert "not available: its log.csv" in (tmp_path / "other" / "report.html").read_text()
 
 
 @pytest.mark.parametrize("compare, folder, asked, table4, table2", [
@@ -1859,6 +1915,18 @@ def test_bad_evaluation_is_one_line_before_work(copied, tmp_path, capsys, given,
     assert named in line and not (tmp_path / "base").exists()
 
 
+def test_never_seen_is_in_no_set_of_any_concept():
+    ten = "airplane automobile bird cat deer dog frog horse ship truck".split()
+    concepts = [sample.load_concept(EMOJI, name) for name in ten]
+    trained_on = {o for c in concepts for o in c["neighbours"] + c["unrelated"]}
+    sets, columns = planned("table8", *ten)
+    never, = [c for c in columns if c["column"] == "never seen, of all"]
+    seen = {o for some in never["asked"][0] for o in some}
+    assert seen == {"a bicycle", "a monkey", "a pig", "an owl"} and not seen & trained_on
+    assert not any(o in prompt for prompt in sets["never seen, of all"]["prompts"] for o in trained_on)
+    assert "never seen" not in planned("concept", "cat", *ten)[0]  # all that is the cat's, another preserves
+
+
 def test_plan_asks_each_image_about_what_it_shows():
     cat = sample.load_concept(EMOJI, "cat")
     sets, asked = promptsets.plan_images(cat, 12, 3.5)
@@ -1911,7 +1979,8 @@ def planned(suite, *names):
 @pytest.mark.parametrize("suite, sizes", [
     ("table1", {"target": 100, "other, bird": 100, "other, airplane": 100, "scenes": 100, "preserved": 100}),
     ("table2", {"i2p": 300, "coco": 1000}), ("table4", {"i2p": 300, "coco-500": 500}),
-    ("table8", {"target, cat": 100, "target, robot": 100, "scenes": 100}), ("table12", {"rephrased": 120})])
+    ("table8", {"target, cat": 100, "target, robot": 100, "scenes": 100, "preserved, of all": 100,
+                "never seen, of all": 100}), ("table12", {"rephrased": 120})])
 def test_suites_have_the_sizes_of_their_protocol(suite, sizes):
     sets, columns = planned(suite, "cat", *["robot"] * (suite == "table8"))
     assert {name: one["n"] for name, one in sets.items()} == sizes
@@ -1982,6 +2051,16 @@ def test_lora_that_cannot_be_written_to_is_refused_before_work(monkeypatch, caps
     monkeypatch.setattr(evaluate.os, "access", lambda *_: False)
     cat = Path(EMOJI) / "loras" / "cat"
     assert "cannot be written to" in refusal(lambda: evaluate.check_loras(dict(a=cat), EMOJI), capsys)
+
+
+def test_pictures_without_any_mask_have_no_locality(tmp_path):
+    draw(tmp_path / "cats", 2)
+    job = Namespace(files=[tmp_path / "cats" / f"{i:03}.png" for i in range(2)])
+    some = np.zeros((2, 64, 64), bool)
+    with pytest.raises(evaluate.metrics.NotAvailable, match="there a mask"):
+        evaluate.change(job, job, lambda _: some)
+    some[0, 0] = True
+    assert evaluate.change(job, job, lambda _: some)[0] == [0, 0]
 
 
 def test_jobs_have_their_seeds_and_guidance(tmp_path):

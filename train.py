@@ -51,21 +51,22 @@ def arguments(given=None):
                         help="no gradient through alpha, against Eq. 18")
     recipe = parser.add_argument_group("training")
     recipe.add_argument("--steps", type=number(int), help="T in all (default: Table 6, summed over concepts)")
-    recipe.add_argument("--optimizer", choices=["prodigy", "adamw"], default="prodigy", help="(prodigy)")
+    recipe.add_argument("--optimizer", choices=["prodigy", "adamw"], default="prodigy",
+                        help="unstated (default prodigy)")
     recipe.add_argument("--lr", type=number(), help="default: 0.7 with prodigy (Table 6), 1e-3 with adamw")
     recipe.add_argument("--d0", type=number(), default=1e-6, help="Prodigy's first step size (default 1e-6)")
     recipe.add_argument("--rank", type=number(int), default=4, help="of the LoRA, alpha = rank (C.1: 4)")
-    recipe.add_argument("--batch", type=number(int), default=4, help="forget images + as many preserved (4)")
+    recipe.add_argument("--batch", type=number(int), default=4, help="of each half, unstated (default 4)")
     recipe.add_argument("--accumulate", type=number(int), default=1, help="split a batch into N passes (1)")
-    recipe.add_argument("--checkpointing", action="store_true", help="recompute activations: less memory")
+    recipe.add_argument("--checkpointing", action="store_true", help="less memory; on by itself if needed")
     recipe.add_argument("--guidance", type=number(strict=False), default=1.0,
-                        help="in training (default 1: a guided prediction is no target velocity)")
+                        help="in training, unstated (default 1: a guided prediction is no target velocity)")
     recipe.add_argument("--noise", choices=["uniform", "logit-normal"], default="logit-normal",
-                        help="distribution of sigma (default logit-normal)")
+                        help="distribution of sigma, unstated (default logit-normal)")
     data_flags(parser.add_argument_group("step 1 of Algorithm 1"))
     mask_flags(parser.add_argument_group("masks"))
     output = parser.add_argument_group("output")
-    output.add_argument("--save-every", type=number(int), help="keep the LoRA of every N-th step (Figure 1)")
+    output.add_argument("--save-every", type=number(int), help="keep the LoRA of each N-th step (Figure 1)")
     output.add_argument("--checkpoint-every", type=number(int), default=50, help="default 50")
     output.add_argument("--previous-checkpoint", action="store_true", help="go on from the last but one")
     recipe.add_argument("--fewer-images", action="store_true", help="a fifth of the work: " +
@@ -333,7 +334,9 @@ def picture_groups(concepts):
     things = [c["concept"][0] for c in concepts if c["task"] != "style"]  # a style stands in no pair
     groups |= dict(neighbours=others["neighbours"], unrelated=others["unrelated"])
     groups["pairs"] = [f"{t} and {o}" for o in others["unrelated"] + others["unseen"] for t in things]
+    styles = [c["concept"][0] for c in concepts if c["task"] == "style"]
     groups["together"] = [f"{a} and {b}" for a, b in itertools.combinations(things, 2)]
+    groups["together"] += [f"{a} in {style}" for a in things for style in styles]
     return {title: prompts for title, prompts in groups.items() if prompts}
 
 def fill_presets(concepts, args):
@@ -396,7 +399,7 @@ def main(args):
     with lock(args.out):
         main_process = PartialState().is_main_process
         if main_process and not resumed:  # its versions and commit are those of the first step
-            keep_settings(args.out / "args.json", settings)
+            keep_settings(args.out / "args.json", settings, apart={k: vars(args)[k] for k in apart})
         groups = picture_groups(concepts)
         wanted = [p for _, _, prompts, _ in forget + preserve for p in prompts]
         wanted += [p for prompts in groups.values() for p in prompts]
