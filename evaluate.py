@@ -326,11 +326,7 @@ def change(before, other, masks_of):
     old, new = ([open_or_none(file) for file in job.files] for job in (before, other))
     if any(a.size != b.size for a, b in zip(old, new) if a and b):
         raise metrics.NotAvailable("the pictures have another size than the model's, give --size")
-    masks = masks_of(tuple(before.files))
-    if not masks.any():
-        raise metrics.NotAvailable("in no picture of the frozen model was there a mask, give --threshold; a "
-                                   "style has none outside of a frame")
-    return metrics.locality(old, new, masks).tolist()
+    return metrics.locality(old, new, masks_of(tuple(before.files))).tolist()
 
 def distance(before, other, load):
     """Frechet distance of the features of two sets of pictures: a figure, n is how many could be read in
@@ -370,7 +366,12 @@ def answers(row, column, when, jobs, key, load):
             return None  # they tell two sets apart
         found = keep(mine[0].home, f"{key}, from {before.home}", before.files + mine[0].files,
                      lambda: tell(before, *mine, load))
-        return found if tell is distance else np.array(found)[:, column["part"]]
+        if tell is distance:
+            return found
+        if np.isnan(found).all():
+            raise metrics.NotAvailable("no picture before has a mask, lower --threshold; a style has one in "
+                                       "frames only")
+        return np.array(found)[:, column["part"]]
     found = [score(job, asked, key, load) for job, asked in zip(mine, column["asked"])]  # each (N, parts)
     return np.concatenate([f.max(1) if column["part"] is None else f[:, column["part"]] for f in found])
 

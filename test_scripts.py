@@ -4,6 +4,7 @@
 """
 import csv
 import gc
+import itertools
 import json
 import math
 import os
@@ -710,6 +711,31 @@ def test_scenes_do_not_contradict_themselves():
     """No photo in watercolor style: the sentence ends with the style that the judge is asked about."""
     scenes, _ = promptsets.plan_images(sample.load_concept("none", "pikachu"), 100, 3.5)[0]["scenes"]
     assert len(scenes) > 5 and not [prompt for prompt in scenes if re.search("photo|illustration", prompt)]
+
+
+def test_stage_of_the_build_goes_on_to_the_same_bits(tmp_path, monkeypatch):
+    clock = itertools.count(step=1000)  # each look at it is late enough for a checkpoint
+    monkeypatch.setattr(build.time, "time", lambda: next(clock))
+
+    def fitted(work, stop=99):
+        torch.manual_seed(0)
+        model = torch.nn.ModuleDict(dict(layers=torch.nn.ModuleList([torch.nn.Linear(4, 4)])))
+        args, calls = Namespace(work=tmp_path / work, seed=0, bf16=False, go_on=False), itertools.count()
+        args.work.mkdir(exist_ok=True)
+
+        def loss_of(model, rng):
+            if next(calls) == stop:
+                raise KeyboardInterrupt
+            x = torch.from_numpy(rng.normal(size=(8, 4))).float() + torch.randn(8, 4)
+            return (model["layers"][0](x) - x).square().mean()
+
+        return build.fit("net", model, loss_of, 6, args, lr=1e-2).state_dict()
+
+    whole = fitted("whole")
+    with pytest.raises(KeyboardInterrupt):
+        fitted("cut", stop=3)
+    cut = fitted("cut")
+    assert all(torch.equal(whole[key], cut[key]) for key in whole)
 
 
 def test_flow_made_anew_drops_what_was_distilled_from_the_old(tmp_path, monkeypatch):
@@ -2055,12 +2081,15 @@ def test_lora_that_cannot_be_written_to_is_refused_before_work(monkeypatch, caps
 
 def test_pictures_without_any_mask_have_no_locality(tmp_path):
     draw(tmp_path / "cats", 2)
-    job = Namespace(files=[tmp_path / "cats" / f"{i:03}.png" for i in range(2)])
-    some = np.zeros((2, 64, 64), bool)
-    with pytest.raises(evaluate.metrics.NotAvailable, match="there a mask"):
-        evaluate.change(job, job, lambda _: some)
-    some[0, 0] = True
-    assert evaluate.change(job, job, lambda _: some)[0] == [0, 0]
+    job = Namespace(files=[tmp_path / "cats" / f"{i:03}.png" for i in range(2)], home=tmp_path)
+    row = dict(name="cat", sets=dict(target={}))
+    jobs = {("cat", "target", when): job for when in ("before", "after")}
+    ask, masks = dict(sets=["target"], metric="locality", part=0), np.zeros((2, 64, 64), bool)
+    for _ in range(2):  # and when the answers are kept
+        with pytest.raises(evaluate.metrics.NotAvailable, match="no picture before has a mask"):
+            evaluate.answers(row, ask, "after", jobs, "none", lambda _: masks)
+    masks[0, 0] = True
+    assert evaluate.answers(row, ask, "after", jobs, "one", lambda _: masks)[0] == 0
 
 
 def test_jobs_have_their_seeds_and_guidance(tmp_path):
