@@ -1992,6 +1992,8 @@ def test_loras_that_took_their_concepts_in_another_order_are_asked_the_same(tmp_
     args.lora = args.compare
     rows = evaluate.read_rows(args)  # an interval pairs their pictures one by one
     assert [(row["asked"], row["forgotten"]) for row in rows] == [("cat", ["cat", "robot"])] * 2
+    args.suite, args.concept = ["concept"], ["robot", "robot"]
+    assert {row["asked"] for row in evaluate.read_rows(args)} == {"robot"}
 
 
 def planned(suite, *names):
