@@ -551,15 +551,11 @@ def train_flow(args, stage="flow"):
         flow = fit(stage, flow, loss, args.steps or steps, args, args.lr or lr, ema=0.998, save=save)
     save_flow(flow)
     # what FluxPipeline.from_pretrained needs beside the weights
-    FlowMatchEulerDiscreteScheduler(
-        shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=256,
-        max_image_seq_len=4096).save_pretrained(HERE / "scheduler")
-    index = dict(
-        _class_name="FluxPipeline", scheduler=["diffusers", "FlowMatchEulerDiscreteScheduler"],
-        text_encoder=["transformers", "CLIPTextModel"], text_encoder_2=["transformers", "T5EncoderModel"],
-        tokenizer=["transformers", "CLIPTokenizer"], tokenizer_2=["transformers", "T5Tokenizer"],
-        transformer=["diffusers", "FluxTransformer2DModel"], vae=["diffusers", "AutoencoderKL"])
-    (HERE / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)  # as FLUX.1-dev's
+    scheduler.save_pretrained(HERE / "scheduler")
+    t5, clip = fit.tokenizers
+    FluxPipeline(scheduler, read(AutoencoderKL, "vae"), flow.text_encoder, clip, flow.text_encoder_2, t5,
+                 flow.transformer).save_config(HERE)  # model_index.json
 
 def judged(images):
     """The judge's yes or no to every question -> bool (N, 69)."""
