@@ -42,7 +42,7 @@ ARGS = arguments() if __name__ == "__main__" else None  # before the slow import
 
 import torch  # noqa: E402
 from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel  # noqa: E402
-from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache  # noqa: E402
+from huggingface_hub import HfApi, try_to_load_from_cache  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
@@ -72,14 +72,11 @@ def config_of(model, part):
     """A network's config: the folder's, FLUX.1's as published, or the hub's."""
     if model in ("black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-schnell"):
         return FLUX[part] | (dict(guidance_embeds=model.endswith("dev")) if part == "transformer" else {})
-    path, name = Path(model) / part / "config.json", f"{part}/config.json"
+    here = Path(model).is_dir() or try_to_load_from_cache(model, f"{part}/config.json")
     try:
-        if not Path(model).is_dir():
-            path = try_to_load_from_cache(model, name)
-        if not path:
+        if not here:
             HfApi().model_info(model, timeout=10)  # a download would ask six times where the hub is away
-            path = hf_hub_download(model, name)
-        return json.loads(Path(path).read_text())
+        return AutoencoderKL.load_config(model, subfolder=part, local_files_only=bool(here))  # of any part
     except Exception as error:  # every HTTP stack has a class of its own for "no network"
         die(f"--model {model}: no {part}/config.json, here or on the hub ({type(error).__name__})")
 

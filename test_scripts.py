@@ -1574,7 +1574,7 @@ def test_plan_of_an_unknown_model_does_not_ask_the_hub_six_times(monkeypatch, ca
         raise ConnectionError
 
     monkeypatch.setattr(bench, "HfApi", lambda: Namespace(model_info=away))
-    monkeypatch.setattr(bench, "hf_hub_download", lambda *_: pytest.fail("it tries for half a minute"))
+    monkeypatch.setattr(bench.AutoencoderKL, "load_config", lambda *_, **__: pytest.fail("six tries"))
     line = refusal(lambda: bench.config_of("nobody/none", "vae"), capsys)
     assert "no vae/config.json, here or on the hub (ConnectionError)" in line
 
