@@ -384,21 +384,18 @@ def main(args):
     settings |= {f"{c['name']}.{k}": v for c, preset in zip(concepts, table6) for k, v in preset.items()}
     stamp = zlib.crc32(json.dumps(settings, sort_keys=True, default=str).encode())
     # before a checkpoint, images and masks check their own settings
-    resumed = any((args.out / name).exists() for name in
-                  ("checkpoint.pt", "checkpoint-previous.pt", LORA_WEIGHT_NAME_SAFE))
-    if resumed:
-        if not (args.out / "args.json").exists():
-            die(f"--out {args.out}: holds a LoRA or a checkpoint and no args.json to tell whose: use another "
-                "--out")
+    ours = "checkpoint.pt", "checkpoint-previous.pt", LORA_WEIGHT_NAME_SAFE, "README.md"
+    there = [name for name in ours if (args.out / name).exists()]
+    if there and not (args.out / "args.json").exists():
+        die(f"--out {args.out}: holds a {there[0]} and no args.json to tell whose: use another --out")
+    if there:
         check_settings(args.out / "args.json", settings, f"--out {args.out}")
-    if (args.out / "README.md").exists() and not (args.out / "args.json").exists():
-        die(f"--out {args.out}: holds a README.md, which the LoRA's card would replace: use another --out")
     for (folder, *_), concept in zip(forget, concepts):
         check_masks(folder, concept, args)
     check_plan(args)
     with lock(args.out):
         main_process = PartialState().is_main_process
-        if main_process and not resumed:  # its versions and commit are those of the first step
+        if main_process and not there:  # its versions and commit are those of the first step
             keep_settings(args.out / "args.json", settings, apart={k: vars(args)[k] for k in apart})
         groups = picture_groups(concepts)
         wanted = [p for _, _, prompts, _ in forget + preserve for p in prompts]
@@ -429,7 +426,7 @@ def main(args):
         if not main_process:
             return
         draw_curves(rows, args.out / "curves.png")
-        if not (resumed and (args.out / "README.md").exists()):  # evaluate.py adds its figures to it
+        if "README.md" not in there:  # evaluate.py adds its figures to it
             write_card(concepts, settings, rows, args.out / "README.md")
         with stage("pictures", args.out):
             place(pipe, args, ["vae"])
