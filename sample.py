@@ -13,7 +13,6 @@ import json
 import logging
 import math
 import os
-import platform
 import re
 import signal
 import subprocess
@@ -475,7 +474,7 @@ def keep_settings(path, settings, **more):
     """Write settings, more that may change from run to run, versions and commit to a json file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     packages = "torch diffusers transformers peft accelerate prodigyopt torchao".split()
-    versions = dict(python=platform.python_version()) | {name: version(name) for name in packages}
+    versions = dict(python=sys.version.split()[0]) | {name: version(name) for name in packages}
     commit = ""
     with contextlib.suppress(OSError):  # no git here
         git = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True)
