@@ -156,22 +156,23 @@ def plan_masks(model):
     seen, _, flop = watch(sam, call("image_encoder", 1, 3, side, side), torch.float32)
     return 4 * sum(p.numel() for p in sam.parameters()) + seen, flop
 
-def plan(args, texts=None, states=3.5):
+@functools.cache  # for FLUX.1-dev it takes 15 s
+def plan(model, size, dtype, batch, sample_batch, texts=None, states=3.5):
     """-> {stage: {how: bytes}}, {unit of work: FLOP}, (LoRA's modules, tensors, parameters), all parameters.
 
     How: a --quantize, or "offload". states: the optimiser's tensors a LoRA parameter; Prodigy keeps three,
     and where they do not start at 0, which is A's half, the first values.
     """
-    dtype = getattr(torch, args.dtype or "bfloat16")
-    networks = {part: build(part, config_of(args.model, part)) for part in FLUX}
+    dtype = getattr(torch, dtype or "bfloat16")
+    networks = {part: build(part, config_of(model, part)) for part in FLUX}
     numel = {part: sum(p.numel() for p in network.parameters()) for part, network in networks.items()}
     vae = networks["vae"]
-    size = check_size(args.size, vae.config)
+    size = check_size(size, vae.config)
     side = size // 2 ** (len(vae.config.block_out_channels) - 1)  # latent cells
-    tokens, texts, B = side * side // 4, texts or text_length(args.model), 2 * args.batch
+    tokens, texts, B = side * side // 4, texts or text_length(model), 2 * batch
 
     def flux(checkpointing=False, **changed):
-        network = build("transformer", config_of(args.model, "transformer"), **changed)
+        network = build("transformer", config_of(model, "transformer"), **changed)
         train.add_lora(network, 4, 0)
         if checkpointing:
             network.enable_gradient_checkpointing()
@@ -184,10 +185,10 @@ def plan(args, texts=None, states=3.5):
               for kind in (tuned.transformer_blocks, tuned.single_transformer_blocks)]
     encode = call("forward", 1, texts, dtype=torch.int64)
     text, _, text_flop = watch(networks["text_encoder_2"], encode, dtype)
-    latents = args.sample_batch, vae.config.latent_channels, side, side
+    latents = sample_batch, vae.config.latent_channels, side, side
     decoded, _, decode_flop = watch(vae, call("decode", *latents), dtype)
     encoded, _, encode_flop = watch(vae, call("encode", 1, 3, size, size), dtype)
-    drawn, _, flop = watch(networks["transformer"], predict(args.sample_batch, tokens, texts), dtype)
+    drawn, _, flop = watch(networks["transformer"], predict(sample_batch, tokens, texts), dtype)
     plain = watch(tuned, predict(B, tokens, texts, True), dtype)[0]
     # with checkpointing: what all blocks are given, and within one block at a time
     given = watch(flux(checkpointing=True), predict(B, tokens, texts, False), dtype)[1]
@@ -203,53 +204,47 @@ def plan(args, texts=None, states=3.5):
         vae_bytes, optimizer = numel["vae"] * dtype.itemsize, 4 * sum(lora) * (2 + states)
         found["prompts"][how] = (numel["text_encoder"] + numel["text_encoder_2"]) * dtype.itemsize + text
         found["sample"][how] = resident + vae_bytes + max(decoded, drawn + used)
-        found[SAM][how] = plan_masks(args.model)[0]
+        found[SAM][how] = plan_masks(model)[0]
         found["latents"][how] = vae_bytes + encoded
         found["train"][how] = resident + optimizer + plain + max(used, kept * whole)
         found["train --checkpointing"][how] = resident + optimizer + given + within + max(used, kept * block)
-    work = dict(forward=flop / args.sample_batch, decode=decode_flop / args.sample_batch, encode=encode_flop,
-                text=text_flop, mask=plan_masks(args.model)[1])
+    work = dict(forward=flop / sample_batch, decode=decode_flop / sample_batch, encode=encode_flop,
+                text=text_flop, mask=plan_masks(model)[1])
     return found, work, (len(lora) // 2, len(lora), sum(lora)), sum(numel.values())
-
-@functools.cache  # for FLUX.1-dev it takes 15 s
-def peaks(model, size, dtype, batch, sample_batch):
-    """plan's stages, by the flags that they depend on."""
-    flags = dict(model=model, size=size, dtype=dtype, batch=batch, sample_batch=sample_batch)
-    return plan(argparse.Namespace(**flags))[0]
 
 def savings(args, free=0):
     """What a script's flags need by the plan, and what each further flag, and all, would make of it, in one
     line; None if that is less than `free` bytes. Only of sample and train: no flag but --device makes the
     other stages smaller."""
-    given = args.model, args.size, str(args.dtype)[6:]
-    trains, how = "batch" in args, "offload" if args.offload else args.quantize
-    asked = peaks(*given, args.batch // args.accumulate if trains else 1, args.sample_batch)
-    stages = dict(sample=asked["sample"])
-    if trains:
-        step = "train --checkpointing" if args.checkpointing else "train"
-        stages["train"] = asked[step]
-    now = {name: row[how] for name, row in stages.items()}
+    def needs(**changed):
+        flags = argparse.Namespace(**dict(batch=1, accumulate=1, checkpointing=False) | vars(args) | changed)
+        found = plan(flags.model, flags.size, str(flags.dtype)[6:], flags.batch // flags.accumulate,
+                     flags.sample_batch)[0]
+        stages = dict(sample=found["sample"])
+        if "batch" in args:
+            stages["train"] = found["train --checkpointing" if flags.checkpointing else "train"]
+        return {name: row["offload" if flags.offload else flags.quantize] for name, row in stages.items()}
+
+    now = needs()
     if max(now.values()) < free:
         return None
-    least, all_flags = peaks(*given, 1, 1), "--sample-batch 1"
-    smallest = [least["sample"]]
     possible = ("int8", "nf4") if args.device == "cuda" else ("int8",)
-    others = {f"--quantize {q}": {name: row[q] for name, row in stages.items()} for q in possible}
-    if args.quantize != "nf4":
-        others["--offload"] = {name: row["offload"] for name, row in stages.items()}
-    others["--sample-batch 1"] = now | dict(sample=least["sample"][how])
-    if trains:
-        others["--checkpointing"] = now | dict(train=asked["train --checkpointing"][how])
-        others[f"--accumulate {args.batch}"] = now | dict(train=least[step][how])
-        all_flags += f" --checkpointing --accumulate {args.batch}"
-        smallest.append(least["train --checkpointing"])
-    for more, q in (("", how), *((f" --quantize {q}", q) for q in possible)):
-        others[all_flags + more] = now | {name: row[q] for name, row in zip(now, smallest)}
-    said = [(flag, ", ".join(f"{name} {found[name] / GIB:.3g}" for name in now
-                             if found[name] < 0.99 * now[name])) for flag, found in others.items()]
-    needs = ", ".join(f"{name} {n_bytes / GIB:.3g}" for name, n_bytes in now.items())
-    said = "; with ".join(f"{flag} {less}" for flag, less in said if less)
-    return f"planned, GiB: {needs}; with {said or 'no further flag less'}"
+    quantized = {f"--quantize {q}": dict(quantize=q, offload=False) for q in possible}
+    offloaded = {"--offload": dict(offload=True)} if args.quantize != "nf4" else {}
+    fewer = {"--sample-batch 1": dict(sample_batch=1)}
+    if "batch" in args:
+        fewer["--checkpointing"] = dict(checkpointing=True)
+        fewer[f"--accumulate {args.batch}"] = dict(accumulate=args.batch)
+    together = functools.reduce(dict.__or__, fewer.values())
+    others = quantized | offloaded | fewer | {" ".join(fewer): together}
+    others |= {" ".join([*fewer, flag]): together | changed for flag, changed in quantized.items()}
+    said = []
+    for flag, changed in others.items():
+        found = needs(**changed)
+        less = [f"{name} {found[name] / GIB:.3g}" for name in now if found[name] < 0.99 * now[name]]
+        said += [f"{flag} {', '.join(less)}"] * bool(less)
+    needed = ", ".join(f"{name} {n_bytes / GIB:.3g}" for name, n_bytes in now.items())
+    return f"planned, GiB: {needed}; with {'; with '.join(said) or 'no further flag less'}"
 
 def text_length(model):
     """T5's length in tokens."""
@@ -257,7 +252,7 @@ def text_length(model):
     return json.loads(config.read_text())["model_max_length"] if config.exists() else 512
 
 def show_plan(args):
-    found, work, lora, numel = plan(args)
+    found, work, lora, numel = plan(args.model, args.size, args.dtype, args.batch, args.sample_batch)
     print(f"{args.model}: {numel:,} parameters; LoRA of rank 4: {lora[0]} modules, {lora[1]} tensors, "
           f"{lora[2]:,} parameters")
     print(f"\nGiB at the peak, {args.dtype or 'bfloat16'}, {args.batch} + {args.batch} images a step, "
@@ -307,8 +302,7 @@ def measure_memory(args):
             out = args.out / "memory"  # a name of our own: what else lies in --out stays
             shutil.rmtree(out, ignore_errors=True)
             run, data = random_run(args, out, batch, "--steps", "3", *flags)
-            args.batch, args.sample_batch, args.dtype = batch, batch, str(run.dtype)[6:]
-            planned = plan(args)[0]
+            planned = plan(args.model, args.size, str(run.dtype)[6:], batch, batch)[0]
             gc.collect()
             if not flags:
                 with stage("sample", out) as peak:
@@ -404,8 +398,7 @@ def proof(args):
     saved = train.get_peft_model_state_dict(transformer)
     loaded = FluxPipeline.lora_state_dict(args.out)
     same = all(torch.equal(loaded[f"transformer.{name}"], value) for name, value in saved.items())
-    args.batch, args.size, args.dtype = 1, 64, "float32"
-    planned = plan(args, texts=32, states=2)[0]["train --checkpointing"]["int8"]
+    planned = plan(args.model, 64, "float32", 1, 1, texts=32, states=2)[0]["train --checkpointing"]["int8"]
     idle, peak = build_peak[0], max(build_peak[1], train_peak[1])
     print(f"LoRA: {sum(p.numel() for p in params):,} parameters, saved and loaded again: "
           f"{'the same' if same else 'NOT the same'}; loss {' > '.join(f'{v:.6f}' for v in losses)}")
