@@ -132,7 +132,8 @@ if not {"-h", "--help"} & set(sys.argv):  # the other scripts import their flags
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module
     from diffusers import BitsAndBytesConfig, FluxPipeline, PipelineQuantizationConfig, TorchAoConfig
     from filelock import FileLock, Timeout
-    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+    from huggingface_hub import (HfApi, hf_hub_download, parse_local_safetensors_file_metadata,
+                                 snapshot_download)
     from huggingface_hub.errors import (GatedRepoError, HfHubHTTPError, HFValidationError,
                                         RepositoryNotFoundError)
     from PIL import Image, ImageDraw, ImageOps
@@ -328,11 +329,6 @@ def missing_part(folder):
             return path
     return None
 
-def count_weights(path):
-    """Of a safetensors file, by its header."""
-    with safe_open(path, "pt") as file:
-        return sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())
-
 def check_model(args):
     """Refuse, in this order: not here and no network; no licence; does not fit; size -> pixels a side, and
     what tells the weights from others of the same name.
@@ -358,7 +354,8 @@ def check_model(args):
             refuse(f"{missing} is missing or cannot be read")
         paths = sorted(p for p in folder.glob("*/*.safetensors")  # not a LoRA that somebody keeps there
                        if (p.parent / "config.json").exists())
-        files = [(path.parent.name, count_weights(path)) for path in paths]
+        files = [(path.parent.name, sum(parse_local_safetensors_file_metadata(path).parameter_count.values()))
+                 for path in paths]
         weights = fingerprint(paths + sorted(folder.glob("*.pth"))) if here else folder.name  # its commit
     else:
         try:
