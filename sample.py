@@ -8,7 +8,6 @@ The other scripts import from here: flags, prompt files, the filter, the pre-fli
 import argparse
 import contextlib
 import functools
-import gc
 import json
 import logging
 import math
@@ -131,6 +130,7 @@ if not {"-h", "--help"} & set(sys.argv):  # the other scripts import their flags
     from accelerate import PartialState
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module
     from diffusers import BitsAndBytesConfig, FluxPipeline, PipelineQuantizationConfig, TorchAoConfig
+    from diffusers.training_utils import free_memory
     from filelock import FileLock, Timeout
     from huggingface_hub import (HfApi, hf_hub_download, parse_local_safetensors_file_metadata,
                                  snapshot_download)
@@ -509,8 +509,7 @@ def stage(name, out):
     with peak_memory() as peak:
         peak.append(0)
         yield peak
-    gc.collect()
-    torch.cuda.empty_cache()
+    free_memory()
     seconds, rss = time.perf_counter() - start, peak[1] / 2**30
     cuda = torch.cuda.max_memory_allocated() / 2**30
     if PartialState().is_main_process:
