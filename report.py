@@ -16,7 +16,7 @@ from html import escape
 from pathlib import Path
 
 from metrics import wilson
-from sample import ROOT, die, open_or_none, whole
+from sample import ROOT, die, open_or_none, write_text
 
 VERSION = 1  # of report.json: another one is refused
 FIGURES = ("before", "after", "difference", "floor")
@@ -48,8 +48,7 @@ def write_report(report, folder):
             "report.csv": csv_text(report), "report.html": html_text(report)}
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in made.items():
-        with whole(folder / name) as half:
-            half.write_text(text, encoding="utf-8", newline="")
+        write_text(folder / name, text)
 
 def csv_text(report):
     """A line a cell, its figures unrounded in columns of their own: before_value, before_low, ..."""

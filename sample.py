@@ -538,7 +538,7 @@ def whole(path):
 
 def write_text(path, text):
     with whole(path) as half:
-        half.write_text(text)
+        half.write_text(text, encoding="utf-8", newline="")
 
 def save_image(image, path):
     with whole(path) as half:
