@@ -140,18 +140,21 @@ def predict(batch, tokens, texts, backward=None):
 def call(method, *shape, dtype=None):
     """What watch() runs of the other networks."""
     def work(network):
-        given = torch.empty(shape, dtype=dtype or next(network.parameters()).dtype)
+        given = torch.zeros(shape, dtype=dtype or next(network.parameters()).dtype)
         with torch.no_grad():
             return getattr(network, method)(given)
     return work
+
+def vit_h():
+    with torch.device("meta"):
+        return sam_model_registry["vit_h"]().requires_grad_(False)
 
 @functools.cache
 def plan_masks(model):
     """Bytes, and FLOP an image, of SAM, the largest network of that stage: the model's own, else ViT-H."""
     own = Path(model) / "sam.pth"
     with torch.device("meta"):
-        sam = (load_sam(torch.load(own, map_location="meta", weights_only=True)) if own.exists() else
-               sam_model_registry["vit_h"]()).requires_grad_(False)
+        sam = load_sam(torch.load(own, weights_only=True)) if own.exists() else vit_h()
     side = sam.image_encoder.img_size
     seen, _, flop = watch(sam, call("image_encoder", 1, 3, side, side), torch.float32)
     return 4 * sum(p.numel() for p in sam.parameters()) + seen, flop
@@ -359,8 +362,27 @@ def measure_step(args, rounds=20):
     for what, a, b, unit in zip(("time", "memory above idle"), mine, other, ("ms", "MiB")):
         print(f"{what}: train.py {a:.0f}, bare loop {b:.0f} {unit}, ratio {a / b:.3f}")
 
+def prove_parts():
+    """FLUX.1-dev's other networks, and SAM's, at their full size beside the plan: made-up weights."""
+    sizes = (("text_encoder_2", "forward", 1, 512), ("vae", "encode", 1, 3, 1024, 1024),
+             ("vae", "decode", 1, 16, 128, 128), ("sam", "image_encoder", 1, 3, 1024, 1024))
+    for part, method, *shape in sizes:
+        shapes, network = (vit_h() if part == "sam" else build(part, FLUX[part]) for _ in "12")
+        dtype = torch.float32 if part == "sam" else torch.bfloat16
+        work = call(method, *shape, dtype=torch.int64 if len(shape) == 2 else None)
+        planned = sum(p.numel() for p in shapes.parameters()) * dtype.itemsize + watch(shapes, work, dtype)[0]
+        with peak_memory() as peak:
+            network.to(dtype).to_empty(device="cpu")
+            for tensor in (*network.parameters(), *network.buffers()):
+                tensor.detach().fill_(0.01)
+            work(network)
+        print(f"{part}, {method}: planned {planned / GIB:.2f}, measured {(peak[1] - peak[0]) / GIB:.2f} GiB")
+        del network
+
 def proof(args):
-    """FLUX.1-dev's transformer, 11.9 B random int8 weights, two steps by train.py's own loss function."""
+    """prove_parts; then FLUX.1-dev's transformer, 11.9 B random int8 weights, two steps by train.py's own
+    loss function."""
+    prove_parts()
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
     run = argparse.Namespace(loss="inpo", beta=1.0, detach_gate=False, guidance=1.0, **train.TABLE6["object"])
     with stage("build", args.out) as build_peak:
