@@ -147,20 +147,21 @@ def call(method, *shape, dtype=None):
 
 def vit_h():
     with torch.device("meta"):
-        return sam_model_registry["vit_h"]().requires_grad_(False)
+        return sam_model_registry["vit_h"]()
 
 @functools.cache
 def plan_masks(model):
     """Bytes, and FLOP an image, of SAM, the largest network of that stage: the model's own, else ViT-H."""
     own = Path(model) / "sam.pth"
     with torch.device("meta"):
-        sam = load_sam(torch.load(own, weights_only=True)) if own.exists() else vit_h()
+        sam = (load_sam(torch.load(own, map_location="meta", weights_only=True)) if own.exists() else
+               vit_h()).requires_grad_(False)
     side = sam.image_encoder.img_size
     seen, _, flop = watch(sam, call("image_encoder", 1, 3, side, side), torch.float32)
     return 4 * sum(p.numel() for p in sam.parameters()) + seen, flop
 
 @functools.cache  # for FLUX.1-dev it takes 15 s
-def plan(model, size, dtype, batch, sample_batch, texts=None, states=3.5):
+def plan(model, size, dtype, batch, sample_batch, rank=4, texts=None, states=3.5):
     """-> {stage: {how: bytes}}, {unit of work: FLOP}, (LoRA's modules, tensors, parameters), all parameters.
 
     How: a --quantize, or "offload". states: the optimiser's tensors a LoRA parameter; Prodigy keeps three,
@@ -176,7 +177,7 @@ def plan(model, size, dtype, batch, sample_batch, texts=None, states=3.5):
 
     def flux(checkpointing=False, **changed):
         network = build("transformer", config_of(model, "transformer"), **changed)
-        train.add_lora(network, 4, 0)
+        train.add_lora(network, rank, 0)
         if checkpointing:
             network.enable_gradient_checkpointing()
         return network
@@ -220,9 +221,10 @@ def savings(args, free=0):
     line; None if that is less than `free` bytes. Only of sample and train: no flag but --device makes the
     other stages smaller."""
     def needs(**changed):
-        flags = argparse.Namespace(**dict(batch=1, accumulate=1, checkpointing=False) | vars(args) | changed)
+        flags = dict(batch=1, accumulate=1, checkpointing=False, rank=4) | vars(args) | changed
+        flags = argparse.Namespace(**flags)
         found = plan(flags.model, flags.size, str(flags.dtype)[6:], flags.batch // flags.accumulate,
-                     flags.sample_batch)[0]
+                     flags.sample_batch, flags.rank)[0]
         stages = dict(sample=found["sample"])
         if "batch" in args:
             stages["train"] = found["train --checkpointing" if flags.checkpointing else "train"]
@@ -231,16 +233,17 @@ def savings(args, free=0):
     now = needs()
     if max(now.values()) < free:
         return None
-    possible = ("int8", "nf4") if args.device == "cuda" else ("int8",)
-    quantized = {f"--quantize {q}": dict(quantize=q, offload=False) for q in possible}
-    offloaded = {"--offload": dict(offload=True)} if args.quantize != "nf4" else {}
+    smaller = dict(none=["int8", "nf4"], int8=["nf4"], nf4=[])[args.quantize] * (not args.offload)
+    quantized = {f"--quantize {q}": dict(quantize=q) for q in smaller if q == "int8" or args.device == "cuda"}
+    offloaded = {} if args.offload or args.quantize == "nf4" else {"--offload": dict(offload=True)}
     fewer = {"--sample-batch 1": dict(sample_batch=1)}
     if "batch" in args:
         fewer["--checkpointing"] = dict(checkpointing=True)
         fewer[f"--accumulate {args.batch}"] = dict(accumulate=args.batch)
     together = functools.reduce(dict.__or__, fewer.values())
     others = quantized | offloaded | fewer | {" ".join(fewer): together}
-    others |= {" ".join([*fewer, flag]): together | changed for flag, changed in quantized.items()}
+    others |= {" ".join([*fewer, flag]): together | changed
+               for flag, changed in (quantized | offloaded).items()}
     said = []
     for flag, changed in others.items():
         found = needs(**changed)
@@ -262,7 +265,7 @@ def show_plan(args):
           f"{args.sample_batch} sampled at once; computed")
     print(f"{'stage':24}" + "".join(f"{how:>10}" for how in found["train"]))
     for name, row in found.items():
-        print(f"{name:24}" + "".join(f"{n_bytes / GIB:10.3g}" for n_bytes in row.values()))
+        print(f"{name:24}" + "".join(f"{n_bytes / GIB:10.4g}" for n_bytes in row.values()))
     for name in ("train", "train --checkpointing"):
         cells = []
         for how in found[name]:

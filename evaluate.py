@@ -570,7 +570,7 @@ def evaluate(args, lines):
         against=list(against(rows)) if args.compare else [],
         grids=list(make_grids(rows, jobs, concepts, args)), matrices=matrices,
         curves=[curve for curve, _ in runs if curve],
-        cost=[cost or dict(row=row["name"]) for row, (_, cost) in zip(rows, runs)],
+        cost=[cost or dict(row=row["name"]) for row, (_, cost) in zip(rows, runs) if row["digest"]],
         dropped={name: prompts_of(name)["dropped"] for name in public}, broken=broken, notes=NOTES)
     write_report(report, folder)
     show(report, folder)

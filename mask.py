@@ -67,12 +67,13 @@ def load_detector(name, device):
     the words in a PIL image."""
     model = AutoModelForZeroShotObjectDetection.from_pretrained(name, dtype=torch.float32).to(device).eval()
     processor, longest = AutoProcessor.from_pretrained(name), model.config.text_config.max_position_embeddings
+    longest = getattr(model.config, "max_text_len", longest)  # GroundingDINO's
 
     @torch.no_grad()
     def find(image, words, threshold):
         inputs = processor(text=[words], images=image, return_tensors="pt").to(device)
         if inputs.input_ids.shape[1] > longest:
-            raise OSError(f"{' / '.join(words)}: too long for --detector {name}, it reads {longest} tokens")
+            raise OSError(f"{' / '.join(words)}: too long for --detector {name}: shorten it")
         outputs = model(**inputs)
         found = processor.post_process_grounded_object_detection(
             outputs, threshold=threshold, target_sizes=[image.size[::-1]])[0]

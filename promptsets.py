@@ -166,8 +166,9 @@ def plan_images(concept, n, guidance, also=()):
     target, is_style = concept["concept"], concept["task"] == "style"
     neighbours, unseen, unrelated = ([o for o in concept[key] if not mentions(o, also)]
                                      for key in ("neighbours", "unseen", "unrelated"))
-    seen = sum([each["neighbours"] + each["unrelated"] for each in also], [])
-    unseen = [o for o in unseen if o not in seen]
+    seen = sum([each["neighbours"] + each["unrelated"] + each["train"] for each in also], [])
+    named = {o: dict(concept=[o], detect=[], task="") for o in unseen}
+    unseen = [o for o in unseen if not any(mentions(text, [named[o]]) for text in seen)]
     templates = [t for t in concept["preserve"] if not mentions(t, also)]
     if not unrelated or not templates:
         die(f"--concept {concept['name']}: all that its file calls unrelated is forgotten too")

@@ -393,18 +393,19 @@ def check_model(args):
 
 def check_plan(args):
     """Refuse, before hours of sampling, what by bench.py's plan cannot fit on the GPU; --checkpointing, which
-    changes no bit, is turned on where training needs it. The plan was right to 15 % where it was measured, on
-    a CPU; what a CPU lacks is not refused, it may borrow from the disk."""
+    changes no bit, is turned on where that is enough. What a CPU lacks is not refused, it may borrow from the
+    disk."""
     if args.device != "cuda":
         return
     from bench import savings  # which imports train.py, and that this
     print("planning memory ...")
     free = torch.cuda.mem_get_info()[0]
-    said = savings(args, 1.15 * free)
+    said = savings(args, free)
     if said and not getattr(args, "checkpointing", True):
         args.checkpointing = True
-        print("--checkpointing is on: training would not fit without it")
-        said = savings(args, 1.15 * free)
+        if not savings(args, free):
+            print("--checkpointing is on: training would not fit without it")
+            return
     if said:
         die(f"this would go out of memory, {free / 2**30:.3g} GiB are free; {said}")
 
@@ -654,9 +655,8 @@ def check_set(folder, concept, prompts, count, args, **made_by):
     flags = "weights seed size sample_batch sample_steps sample_guidance dtype quantize".split()
     settings = dict(model=Path(args.model).name, concept=concept, prompts=prompts,
                     **{flag: getattr(args, flag) for flag in flags}, **made_by)
-    owners = [flag for flag in ("preserve_dir", "out") if getattr(args, flag, None)]
-    flag = next((f for f in owners if folder.is_relative_to(getattr(args, f))), "").replace("_", "-")
-    instead = f"use another --{flag}, or delete {folder}" if flag else f"delete {folder.parents[1]}"
+    flag = "preserve-dir" if folder.parent == getattr(args, "preserve_dir", None) else "out"
+    instead = f"use another --{flag}, or " * (not made_by.get("lora")) + f"delete {folder}"
     check_settings(folder / "settings.json", settings, folder, instead)
     return settings
 
@@ -694,7 +694,7 @@ def mentions(phrase, concepts):
     are a man for Elon Musk, and a painting for a style)?"""
     words = sum([c["concept"] + c["detect"] * (c["task"] == "object") for c in concepts], [])
     bare = [re.escape(re.sub("(?i)^(an?|the) ", "", word)) for word in words]
-    return any(re.search(rf"(?<!\w){word}(e?s)?(?!\w)", phrase, re.IGNORECASE) for word in bare)
+    return any(re.search(rf"(?<!\w){word}(s|(?<=[sxzoh])es)?(?!\w)", phrase, re.IGNORECASE) for word in bare)
 
 def plan_sets(concepts, args):
     """D_ES's sets, one a concept, and D_PR's, none of them another's target: each (folder, concept, prompts,
@@ -757,4 +757,5 @@ def main(args):
     print(f"{args.out}: {sum(map(len, forget))} + {len(preserve)} images; look at samples.png")
 
 if __name__ == "__main__":
+    sys.modules["sample"] = sys.modules["__main__"]  # bench.py, where it is needed, imports it
     guarded(main, ARGS)
