@@ -12,10 +12,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from huggingface_hub import hf_hub_download
-from torchvision import transforms
 from tqdm import tqdm
 from transformers import (AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor, BertTokenizer,
-                          BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel)
+                          BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel,
+                          CLIPImageProcessorPil)
 
 from mask import load_detector
 from sample import OUT_OF_MEMORY, die
@@ -260,15 +260,13 @@ def load_image_reward(name, device):
         weights = torch.load(files[1], map_location="cpu", weights_only=True)
         networks = image_reward_networks(weights, json.loads(files[0].read_text()))
     vision, text, head = (network.to(device) for network in networks)
-    mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-    prepare = transforms.Compose([
-        transforms.Resize(224, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(224),
-        transforms.ToTensor(), transforms.Normalize(mean, std)])
+    prepare = CLIPImageProcessorPil()  # the original's, too: 224 pixels, by PIL
 
     @torch.no_grad()
     def reward(image, prompt):
         words = tokenizer(prompt, max_length=35, truncation=True, return_tensors="pt").input_ids.to(device)
-        states = vision(prepare(image)[None].to(device)).last_hidden_state  # (1, 197, W)
+        pixels = prepare(image, return_tensors="pt").pixel_values.to(device)  # (1, 3, 224, 224)
+        states = vision(pixels).last_hidden_state  # (1, 197, W)
         read = text(words, encoder_hidden_states=states).last_hidden_state[:, 0]  # (1, E)
         return (head(read).item() - 0.16717362830052426) / 1.0333394966054072  # of its training data
     return lambda images, texts: np.array([reward(*pair) for pair in zip(images, texts, strict=True)], float)
