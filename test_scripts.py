@@ -1870,8 +1870,8 @@ def test_pictures_of_unsafe_concepts_are_blurred_whichever_is_asked_about(copied
     assert {grid["set"]: grid["blurred"] for grid in report["grids"]}["target, hazard"]
 
 
-def test_foreign_files_beside_a_lora_are_no_obstacle(copied, tmp_path):
-    """Another tool's args.json and log.csv, where --concept is given."""
+def test_foreign_files_beside_a_lora_are_no_obstacle(copied, tmp_path, capsys):
+    """Another tool's args.json and log.csv, where --concept is given; a run of another base."""
     (tmp_path / "other").mkdir()
     shutil.copy(copied / "run" / WEIGHTS, tmp_path / "other")
     (tmp_path / "other" / "args.json").write_text('{"lr": 1}')
@@ -1881,6 +1881,10 @@ def test_foreign_files_beside_a_lora_are_no_obstacle(copied, tmp_path):
     report = evaluation(tmp_path / "other", copied / "base", *given)
     assert report["curves"] == [] and report["cost"] == [dict(row="cat")]
     assert "not available: its log.csv" in (tmp_path / "other" / "report.html").read_text()
+    assert "other weights" not in capsys.readouterr().out
+    (tmp_path / "other" / "args.json").write_text('{"settings": {"weights": "abc"}}')
+    evaluation(tmp_path / "other", copied / "base", *given)
+    assert "was trained on other weights, abc, than" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("compare, folder, asked, table4, table2", [
