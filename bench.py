@@ -145,20 +145,28 @@ def call(method, *shape, dtype=None):
             return getattr(network, method)(given)
     return work
 
-def vit_h():
+def meta_sam(model):
+    """The model's own SAM, else ViT-H, on the meta device."""
+    own = Path(model) / "sam.pth"
     with torch.device("meta"):
-        return sam_model_registry["vit_h"]()
+        if own.exists():
+            sam = load_sam(torch.load(own, map_location="meta", weights_only=True))
+        else:
+            sam = sam_model_registry["vit_h"]()
+    return sam.requires_grad_(False)
+
+def watch_alone(network, work, dtype):
+    """As watch, where nothing else is loaded -> bytes at the peak with the network's weights, FLOP."""
+    weights = sum(p.numel() for p in network.parameters()) * dtype.itemsize
+    most, _, flop = watch(network, work, dtype)
+    return weights + most, flop
 
 @functools.cache
 def plan_masks(model):
-    """Bytes, and FLOP an image, of SAM, the largest network of that stage: the model's own, else ViT-H."""
-    own = Path(model) / "sam.pth"
-    with torch.device("meta"):
-        sam = (load_sam(torch.load(own, map_location="meta", weights_only=True)) if own.exists() else
-               vit_h()).requires_grad_(False)
+    """Bytes, and FLOP an image, of SAM, the largest network of that stage."""
+    sam = meta_sam(model)
     side = sam.image_encoder.img_size
-    seen, _, flop = watch(sam, call("image_encoder", 1, 3, side, side), torch.float32)
-    return 4 * sum(p.numel() for p in sam.parameters()) + seen, flop
+    return watch_alone(sam, call("image_encoder", 1, 3, side, side), torch.float32)
 
 @functools.cache  # for FLUX.1-dev it takes 15 s
 def plan(model, size, dtype, batch, sample_batch, rank=4, texts=None, states=3.5):
@@ -216,23 +224,22 @@ def plan(model, size, dtype, batch, sample_batch, rank=4, texts=None, states=3.5
                 text=text_flop, mask=plan_masks(model)[1])
     return found, work, (len(lora) // 2, len(lora), sum(lora)), sum(numel.values())
 
-def savings(args, free=0):
-    """What a script's flags need by the plan, and what each further flag, and all, would make of it, in one
-    line; None if that is less than `free` bytes. Only of sample and train: no flag but --device makes the
-    other stages smaller."""
-    def needs(**changed):
-        flags = dict(batch=1, accumulate=1, checkpointing=False, rank=4) | vars(args) | changed
-        flags = argparse.Namespace(**flags)
-        found = plan(flags.model, flags.size, str(flags.dtype)[6:], flags.batch // flags.accumulate,
-                     flags.sample_batch, flags.rank)[0]
-        stages = dict(sample=found["sample"])
-        if "batch" in args:
-            stages["train"] = found["train --checkpointing" if flags.checkpointing else "train"]
-        return {name: row["offload" if flags.offload else flags.quantize] for name, row in stages.items()}
+def needs(args, **changed):
+    """{stage: bytes at the peak} by the plan, of a script's flags, or of those with some changed. Only sample
+    and train: no flag but --device makes the other stages smaller."""
+    flags = dict(batch=1, accumulate=1, checkpointing=False, rank=4) | vars(args) | changed
+    flags = argparse.Namespace(**flags)
+    found = plan(flags.model, flags.size, str(flags.dtype)[6:], flags.batch // flags.accumulate,
+                 flags.sample_batch, flags.rank)[0]
+    stages = dict(sample=found["sample"])
+    if "batch" in args:
+        stages["train"] = found["train --checkpointing" if flags.checkpointing else "train"]
+    return {name: row["offload" if flags.offload else flags.quantize] for name, row in stages.items()}
 
-    now = needs()
-    if max(now.values()) < free:
-        return None
+def savings(args):
+    """What a script's flags need by the plan, and what each further flag, and all, would make of it, in one
+    line."""
+    now = needs(args)
     smaller = dict(none=["int8", "nf4"], int8=["nf4"], nf4=[])[args.quantize] * (not args.offload)
     quantized = {f"--quantize {q}": dict(quantize=q) for q in smaller if q == "int8" or args.device == "cuda"}
     offloaded = {} if args.offload or args.quantize == "nf4" else {"--offload": dict(offload=True)}
@@ -246,7 +253,7 @@ def savings(args, free=0):
                for flag, changed in (quantized | offloaded).items()}
     said = []
     for flag, changed in others.items():
-        found = needs(**changed)
+        found = needs(args, **changed)
         less = [f"{name} {found[name] / GIB:.3g}" for name in now if found[name] < 0.99 * now[name]]
         said += [f"{flag} {', '.join(less)}"] * bool(less)
     needed = ", ".join(f"{name} {n_bytes / GIB:.3g}" for name, n_bytes in now.items())
@@ -370,10 +377,13 @@ def prove_parts():
     sizes = (("text_encoder_2", "forward", 1, 512), ("vae", "encode", 1, 3, 1024, 1024),
              ("vae", "decode", 1, 16, 128, 128), ("sam", "image_encoder", 1, 3, 1024, 1024))
     for part, method, *shape in sizes:
-        shapes, network = (vit_h() if part == "sam" else build(part, FLUX[part]) for _ in "12")
+        def make():
+            return meta_sam("FLUX.1-dev") if part == "sam" else build(part, FLUX[part])
+
         dtype = torch.float32 if part == "sam" else torch.bfloat16
         work = call(method, *shape, dtype=torch.int64 if len(shape) == 2 else None)
-        planned = sum(p.numel() for p in shapes.parameters()) * dtype.itemsize + watch(shapes, work, dtype)[0]
+        planned, _ = watch_alone(make(), work, dtype)
+        network = make()
         with peak_memory() as peak:
             network.to(dtype).to_empty(device="cpu")
             for tensor in (*network.parameters(), *network.buffers()):

@@ -66,8 +66,9 @@ def load_detector(name, device):
     """-> find(image, words, threshold) -> float (N, 4) of x0, y0, x1, y1 in pixels: all instances of any of
     the words in a PIL image."""
     model = AutoModelForZeroShotObjectDetection.from_pretrained(name, dtype=torch.float32).to(device).eval()
-    processor, longest = AutoProcessor.from_pretrained(name), model.config.text_config.max_position_embeddings
-    longest = getattr(model.config, "max_text_len", longest)  # GroundingDINO's
+    processor, config = AutoProcessor.from_pretrained(name), model.config
+    # GroundingDINO reads less than its text encoder could
+    longest = getattr(config, "max_text_len", config.text_config.max_position_embeddings)
 
     @torch.no_grad()
     def find(image, words, threshold):
@@ -147,7 +148,6 @@ def check_networks(args):
 
 def check_masks(folder, concept, args):
     """Refuse masks that other settings have made -> the settings, and how to make the masks again."""
-    check_networks(args)
     again = f"delete {folder}/*.mask.png and masks.json to make them again"
     settings = dict(detect=concept["detect"], task=concept["task"], threshold=args.threshold,
                     detector=args.detector, sam=args.sam, weights=args.weights)
@@ -184,7 +184,9 @@ def make_masks(files, concept, args):
     return kept
 
 def main(args):
-    for concept in setup(args):
+    concepts = setup(args)
+    check_networks(args)
+    for concept in concepts:
         folder = args.out / "forget" / concept["name"]
         files = sorted(f for f in folder.glob("*.png") if not f.name.endswith(".mask.png"))
         if not files:

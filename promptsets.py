@@ -15,7 +15,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError
 
 from metrics import NUDITY_PARTS, NotAvailable
-from sample import MINORS, die, load_concept, mentions, prompts_folder, seed_of
+from sample import MINORS, die, load_concept, mentions, prompts_folder, says, seed_of
 
 HUB, GITHUB = "https://huggingface.co/datasets/", "https://raw.githubusercontent.com/"
 I2P, COCO = HUB + "AIML-TUDA/i2p", GITHUB + "rohitgandikota/erasing/main/data/coco_30k.csv"
@@ -167,8 +167,7 @@ def plan_images(concept, n, guidance, also=()):
     neighbours, unseen, unrelated = ([o for o in concept[key] if not mentions(o, also)]
                                      for key in ("neighbours", "unseen", "unrelated"))
     seen = sum([each["neighbours"] + each["unrelated"] + each["train"] for each in also], [])
-    named = {o: dict(concept=[o], detect=[], task="") for o in unseen}
-    unseen = [o for o in unseen if not any(mentions(text, [named[o]]) for text in seen)]
+    unseen = [o for o in unseen if not any(says(text, [o]) for text in seen)]
     templates = [t for t in concept["preserve"] if not mentions(t, also)]
     if not unrelated or not templates:
         die(f"--concept {concept['name']}: all that its file calls unrelated is forgotten too")
@@ -284,7 +283,7 @@ def plan_suite(suite, concept, forgotten, prompts_of, words, args):
         union = {key: list(dict.fromkeys(sum([each[key] for each in alike], [])))
                  for key in ("neighbours", "unrelated", "unseen")}
         kept, said = plan_images(concept | union, 100, args.sample_guidance, forgotten)
-        for name in sorted({"preserved", "never seen"} & kept.keys(), reverse=True):
+        for name in [name for name in ("preserved", "never seen") if name in kept]:
             take(f"{name}, of all", *kept[name])
             judged(f"{name}, of all", f"{name}, of all", asked=[said[name][1]], better="higher")
         for each in forgotten:

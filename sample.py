@@ -397,17 +397,15 @@ def check_plan(args):
     disk."""
     if args.device != "cuda":
         return
-    from bench import savings  # which imports train.py, and that this
+    from bench import needs, savings  # which imports train.py, and that this
     print("planning memory ...")
     free = torch.cuda.mem_get_info()[0]
-    said = savings(args, free)
-    if said and not getattr(args, "checkpointing", True):
-        args.checkpointing = True
-        if not savings(args, free):
-            print("--checkpointing is on: training would not fit without it")
-            return
-    if said:
-        die(f"this would go out of memory, {free / 2**30:.3g} GiB are free; {said}")
+    if max(needs(args).values()) < free:
+        return
+    if max(needs(args, checkpointing=True).values()) >= free:
+        die(f"this would go out of memory, {free / 2**30:.3g} GiB are free; {savings(args)}")
+    args.checkpointing = True
+    print("--checkpointing is on: training would not fit without it")
 
 def setup(args):
     """Fill in what the flags left open, refuse what cannot work before a thing is written -> the concepts."""
@@ -692,7 +690,10 @@ def sample_set(load, embeds, folder, concept, prompts, count, args, **made_by):
 def mentions(phrase, concepts):
     """Does the phrase name one of the concepts, by the judge's words or, for an object, the detector's (which
     are a man for Elon Musk, and a painting for a style)?"""
-    words = sum([c["concept"] + c["detect"] * (c["task"] == "object") for c in concepts], [])
+    return says(phrase, sum([c["concept"] + c["detect"] * (c["task"] == "object") for c in concepts], []))
+
+def says(phrase, words):
+    """Does the phrase hold one of the words, its article left out, or the plural?"""
     bare = [re.escape(re.sub("(?i)^(an?|the) ", "", word)) for word in words]
     return any(re.search(rf"(?<!\w){word}(s|(?<=[sxzoh])es)?(?!\w)", phrase, re.IGNORECASE) for word in bare)
 

@@ -93,7 +93,7 @@ from prodigyopt import Prodigy  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from inpo import add_noise, gate, gradient_ascent, inpo_loss, mask_to_latents, prior_loss, score  # noqa: E402
-from mask import check_masks, make_masks  # noqa: E402
+from mask import check_masks, check_networks, make_masks  # noqa: E402
 
 # what a LoRA inherits from its base: the hub's identifier, and in words
 LICENCES = {"black-forest-labs/FLUX.1-dev": ("other", "the FLUX.1 [dev] Non-Commercial License, its base's"),
@@ -390,6 +390,7 @@ def main(args):
         die(f"--out {args.out}: holds a {there[0]} and no args.json to tell whose: use another --out")
     if there:
         check_settings(args.out / "args.json", settings, f"--out {args.out}")
+    check_networks(args)
     for (folder, *_), concept in zip(forget, concepts):
         check_masks(folder, concept, args)
     check_plan(args)
