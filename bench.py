@@ -91,8 +91,9 @@ def build(part, config, **changed):
 
 class Peak(TorchDispatchMode):
     """Counts the bytes of all storages that live at once, and the most of them, but for the weights."""
-    def __init__(self, network):
+    def __init__(self, network, device):
         super().__init__()
+        self.device = device
         weights = {tensor.untyped_storage() for tensor in (*network.parameters(), *network.buffers())}
         self.live, self.most, self.known = 0, 0, weakref.WeakSet(weights)
 
@@ -108,18 +109,19 @@ class Peak(TorchDispatchMode):
                 self.live += storage.nbytes()
                 self.most = max(self.most, self.live)
                 weakref.finalize(storage, self.free, storage.nbytes())
-        if function is torch.ops.aten.convolution.default:  # whose library lays its input out anew
-            self.most = max(self.most, self.live + args[0].nbytes)
+        if function is torch.ops.aten.convolution.default:  # oneDNN copies the input, cuDNN both
+            anew = args[0].nbytes + out.nbytes * (self.device == "cuda")
+            self.most = max(self.most, self.live + anew)
         return out
 
-def watch(network, work, dtype):
+def watch(network, work, dtype, device="cpu"):
     """work(network) on a network without memory -> bytes at the peak, bytes kept after it, FLOP."""
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu"):
         for module in network.modules():
             for name, p in list(module.named_parameters(recurse=False)):  # a LoRA stays float32
                 empty = torch.empty(p.shape, dtype=torch.float32 if p.requires_grad else dtype)
                 module._parameters[name] = torch.nn.Parameter(empty, requires_grad=p.requires_grad)
-        with Peak(network) as peak, FlopCounterMode(display=False) as flops:
+        with Peak(network, device) as peak, FlopCounterMode(display=False) as flops:
             graph = work(network)
             kept = peak.live
             del graph
@@ -169,7 +171,7 @@ def plan_masks(model):
     return watch_alone(sam, call("image_encoder", 1, 3, side, side), torch.float32)
 
 @functools.cache  # for FLUX.1-dev it takes 15 s
-def plan(model, size, dtype, batch, sample_batch, rank=4, texts=None, states=3.5):
+def plan(model, size, dtype, batch, sample_batch, rank=4, texts=None, states=3.5, device="cuda"):
     """-> {stage: {how: bytes}}, {unit of work: FLOP}, (LoRA's modules, tensors, parameters), all parameters.
 
     How: a --quantize, or "offload". states: the optimiser's tensors a LoRA parameter; Prodigy keeps three,
@@ -198,8 +200,8 @@ def plan(model, size, dtype, batch, sample_batch, rank=4, texts=None, states=3.5
     encode = call("forward", 1, texts, dtype=torch.int64)
     text, _, text_flop = watch(networks["text_encoder_2"], encode, dtype)
     latents = sample_batch, vae.config.latent_channels, side, side
-    decoded, _, decode_flop = watch(vae, call("decode", *latents), dtype)
-    encoded, _, encode_flop = watch(vae, call("encode", 1, 3, size, size), dtype)
+    decoded, _, decode_flop = watch(vae, call("decode", *latents), dtype, device)
+    encoded, _, encode_flop = watch(vae, call("encode", 1, 3, size, size), dtype, device)
     drawn, _, flop = watch(networks["transformer"], predict(sample_batch, tokens, texts), dtype)
     plain = watch(tuned, predict(B, tokens, texts, True), dtype)[0]
     # with checkpointing: what all blocks are given, and within one block at a time
@@ -230,7 +232,7 @@ def needs(args, **changed):
     flags = dict(batch=1, accumulate=1, checkpointing=False, rank=4) | vars(args) | changed
     flags = argparse.Namespace(**flags)
     found = plan(flags.model, flags.size, str(flags.dtype)[6:], flags.batch // flags.accumulate,
-                 flags.sample_batch, flags.rank)[0]
+                 flags.sample_batch, flags.rank, device=flags.device)[0]
     stages = dict(sample=found["sample"])
     if "batch" in args:
         stages["train"] = found["train --checkpointing" if flags.checkpointing else "train"]
@@ -315,7 +317,7 @@ def measure_memory(args):
             out = args.out / "memory"  # a name of our own: what else lies in --out stays
             shutil.rmtree(out, ignore_errors=True)
             run, data = random_run(args, out, batch, "--steps", "3", *flags)
-            planned = plan(args.model, args.size, str(run.dtype)[6:], batch, batch)[0]
+            planned = plan(args.model, args.size, str(run.dtype)[6:], batch, batch, device=run.device)[0]
             gc.collect()
             if not flags:
                 with stage("sample", out) as peak:
@@ -328,7 +330,21 @@ def measure_memory(args):
             print_pair(batch, " ".join(("train", *flags)), planned, peak)
 
 def print_pair(batch, name, planned, peak):
-    print(f"{batch:6} {name:24}{planned[name]['none'] / 2**20:10.0f}{(peak[1] - peak[0]) / 2**20:10.0f}")
+    measured = torch.cuda.max_memory_allocated() or peak[1] - peak[0]  # the stage's; 0 without a GPU
+    print(f"{batch:6} {name:24}{planned[name]['none'] / 2**20:10.0f}{measured / 2**20:10.0f}")
+
+@contextlib.contextmanager
+def step_peak(device):
+    """peak_memory, or the same of the GPU's, whose work is waited for."""
+    if device != "cuda":
+        with peak_memory() as peak:
+            yield peak
+        return
+    torch.cuda.reset_peak_memory_stats()
+    peak = [torch.cuda.memory_allocated()]
+    yield peak
+    torch.cuda.synchronize()
+    peak.append(torch.cuda.max_memory_allocated())
 
 def measure_step(args, rounds=20):
     """train.py's step against a bare loop: the same forwards, backward, optimizer, threads, cached inputs."""
@@ -363,7 +379,7 @@ def measure_step(args, rounds=20):
         for work, (transformer, params, optimizer) in zip((ours, bare), sides):
             gc.collect()
             start = time.perf_counter()
-            with peak_memory() as peak:
+            with step_peak(run.device) as peak:
                 work(transformer, params, step)
                 optimizer.step()
                 optimizer.zero_grad()

@@ -412,6 +412,8 @@ def setup(args):
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if args.device != "cpu" and not getattr(torch, args.device).is_available():
         die(f"--device {args.device}: there is none here")
+    # torch prefers it on Hopper, where its backward gave NaN on emoji-flux and an illegal access at FLUX's size
+    torch.backends.cuda.enable_cudnn_sdp(False)
     PartialState(cpu=args.device == "cpu")  # under accelerate launch: this process's GPU, or gloo without one
     args.dtype = getattr(torch, args.dtype or ("bfloat16" if args.device == "cuda" else "float32"))
     concepts = load_concepts(args)

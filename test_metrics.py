@@ -9,6 +9,7 @@ import gc
 import io
 import json
 import math
+import os
 import re
 import sys
 import types
@@ -34,6 +35,7 @@ import sample
 from promptsets import NotAvailable, attack_sets, load_prompts
 from sample import GatedRepoError, RepositoryNotFoundError
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what is compared to the bit was made on a CPU
 ROOT = Path(__file__).resolve().parent
 EMOJI = str(ROOT / "emoji-flux")
 CLIP = EMOJI + "/clip"

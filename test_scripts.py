@@ -37,6 +37,7 @@ import promptsets
 import sample
 import train
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what is compared to the bit was made on a CPU
 ROOT = Path(__file__).resolve().parent
 EMOJI = str(ROOT / "emoji-flux")
 sys.path.insert(0, EMOJI)
@@ -358,6 +359,13 @@ def test_masks_need_no_room_for_the_model(monkeypatch):
     args = mask.arguments(["--model", EMOJI, "--concept", "cat"])
     args.device, args.dtype = "cpu", torch.float32
     assert sample.check_model(args)[0] == 64
+
+
+def test_cudnns_attention_is_off(tmp_path):
+    """Its backward gave NaN on an H200, in the first step of the README's first command."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    sample.setup(sample.arguments(["--model", EMOJI, "--concept", "cat", "--out", str(tmp_path)]))
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def test_nf4_is_refused_with_offload(monkeypatch, capsys):
@@ -1547,6 +1555,24 @@ def test_plan_counts_bytes_that_live_at_once():
     assert (most, kept, flops) == (inputs + hidden + out, inputs * 0 + out, 2 * 50 * 2 * 10 * 1000)
 
 
+def test_plan_counts_what_a_convolutions_library_copies():
+    network = torch.nn.Conv2d(3, 8, 3, padding=1, bias=False).requires_grad_(False)
+    given, out = 4 * 2 * 3 * 16 * 16, 4 * 2 * 8 * 16 * 16
+    work = bench.call("forward", 2, 3, 16, 16)
+    assert bench.watch(network, work, torch.float32)[0] == 2 * given + out  # oneDNN: the input
+    assert bench.watch(network, work, torch.float32, "cuda")[0] == 2 * given + 2 * out  # cuDNN: both
+
+
+@pytest.mark.parametrize("method, shape, gib", [
+    ("encode", (1, 3, 1024, 1024), 1.73), ("decode", (1, 16, 128, 128), 2.60), ("decode", (5, 16, 128, 128), 12.10)])
+def test_plan_of_the_vae_is_what_an_h200_took(method, shape, gib):
+    """Measured at full size, random weights in bf16, torch 2.11 on CUDA 13."""
+    vae = bench.build("vae", bench.FLUX["vae"])
+    weights = 2 * sum(p.numel() for p in vae.parameters())
+    most, _, _ = bench.watch(vae, bench.call(method, *shape), torch.bfloat16, "cuda")
+    assert (weights + most) / 2**30 == pytest.approx(gib, rel=0.05)
+
+
 def test_plan_counts_the_work_of_attention_too():
     network = bench.build("transformer", bench.config_of(EMOJI, "transformer"))
     linear = []
@@ -1563,7 +1589,7 @@ def test_measuring_memory_deletes_nothing_of_the_users(tmp_path, monkeypatch):
     (tmp_path / "mine.txt").write_text("a week's work")
     monkeypatch.setattr(bench, "print_pair", lambda *_: 1 / 0)  # after the first stage
     planned, plan = [], bench.plan
-    monkeypatch.setattr(bench, "plan", lambda *given: planned.append(given) or plan(*given))
+    monkeypatch.setattr(bench, "plan", lambda *given, **more: planned.append(given) or plan(*given, **more))
     args = bench.arguments(["--memory", "--model", EMOJI, "--out", str(tmp_path)])
     with pytest.raises(ZeroDivisionError):
         bench.measure_memory(args)
