@@ -175,7 +175,8 @@ def plan(model, size, dtype, batch, sample_batch, rank=4, texts=None, states=3.5
     """-> {stage: {how: bytes}}, {unit of work: FLOP}, (LoRA's modules, tensors, parameters), all parameters.
 
     How: a --quantize, or "offload". states: the optimiser's tensors a LoRA parameter; Prodigy keeps three,
-    and where they do not start at 0, which is A's half, the first values.
+    and where they do not start at 0, which is A's half, the first values. device: "cuda" counts cuDNN's
+    copies, too.
     """
     dtype = getattr(torch, dtype or "bfloat16")
     networks = {part: build(part, config_of(model, part)) for part in FLUX}

@@ -412,7 +412,7 @@ def setup(args):
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if args.device != "cpu" and not getattr(torch, args.device).is_available():
         die(f"--device {args.device}: there is none here")
-    # torch prefers it on Hopper, where its backward gave NaN on emoji-flux and an illegal access at FLUX's size
+    # torch prefers it on Hopper, where its backward gave NaN, and at FLUX's size an illegal memory access
     torch.backends.cuda.enable_cudnn_sdp(False)
     PartialState(cpu=args.device == "cpu")  # under accelerate launch: this process's GPU, or gloo without one
     args.dtype = getattr(torch, args.dtype or ("bfloat16" if args.device == "cuda" else "float32"))
@@ -438,6 +438,7 @@ def setup(args):
             there = next(p for p in (path, *path.absolute().parents) if p.exists())
             if not (there.is_dir() and os.access(there, os.W_OK)):
                 die(f"--{flag.replace('_', '-')} {path}: {there} is no folder that can be written to")
+    print(f"device: {args.device}, {str(args.dtype)[6:]}")
     for flag, (name, hub) in HUB.items():
         if hasattr(args, flag):
             beside = Path(args.model) / name

@@ -1564,7 +1564,8 @@ def test_plan_counts_what_a_convolutions_library_copies():
 
 
 @pytest.mark.parametrize("method, shape, gib", [
-    ("encode", (1, 3, 1024, 1024), 1.73), ("decode", (1, 16, 128, 128), 2.60), ("decode", (5, 16, 128, 128), 12.10)])
+    ("encode", (1, 3, 1024, 1024), 1.73), ("decode", (1, 16, 128, 128), 2.60),
+    ("decode", (5, 16, 128, 128), 12.10)])
 def test_plan_of_the_vae_is_what_an_h200_took(method, shape, gib):
     """Measured at full size, random weights in bf16, torch 2.11 on CUDA 13."""
     vae = bench.build("vae", bench.FLUX["vae"])
