@@ -88,6 +88,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from diffusers import FluxPipeline, FluxTransformer2DModel  # noqa: E402
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE as WEIGHTS  # noqa: E402
+from diffusers.training_utils import free_memory  # noqa: E402
 from huggingface_hub import snapshot_download  # noqa: E402
 from PIL import Image  # noqa: E402
 from tqdm import tqdm  # noqa: E402
@@ -272,7 +273,7 @@ def in_rounds(jobs, group):
     return rounds
 
 def sample_round(prompts, parts, loras, args):
-    """One round of in_rounds; its networks are freed on return."""
+    """One round of in_rounds; free its networks after it: diffusers' hooks hold them in a cycle."""
     embeds = encode_prompts(args.model, prompts, args.device, args.dtype)
     pipe = load_denoiser(args)
     with warnings.catch_warnings(action="ignore"):  # peft's, that there are several: they take turns
@@ -556,6 +557,7 @@ def evaluate(args, lines):
     with stage("sample", args.out):
         for prompts, parts in in_rounds(todo.values(), args.sample_batch):
             sample_round(prompts, parts, loras, args)
+            free_memory()
     with stage("score", args.out):
         matrices = score_all(rows, jobs, concepts, words, args)
         broken = sorted({file for job in tqdm(jobs.values(), desc="read again") for file in unreadable(job)})

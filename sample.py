@@ -22,6 +22,7 @@ import time
 import traceback
 import zlib
 from collections import Counter
+from datetime import timedelta
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -129,6 +130,7 @@ if not {"-h", "--help"} & set(sys.argv):  # the other scripts import their flags
     import torch
     from accelerate import PartialState
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+    from accelerate.utils import gather
     from diffusers import BitsAndBytesConfig, FluxPipeline, PipelineQuantizationConfig, TorchAoConfig
     from diffusers.training_utils import free_memory
     from filelock import FileLock, Timeout
@@ -329,6 +331,12 @@ def missing_part(folder):
             return path
     return None
 
+def free_bytes(where):
+    """Memory that is free there; of several processes' GPUs the least, so that all of them find the same."""
+    if where != "cuda":
+        return psutil.virtual_memory().available
+    return gather(torch.tensor([torch.cuda.mem_get_info()[0]], device=PartialState().device)).min().item()
+
 def check_model(args):
     """Refuse, in this order: not here and no network; no licence; does not fit; size -> pixels a side, and
     what tells the weights from others of the same name.
@@ -382,7 +390,7 @@ def check_model(args):
         count[part] += n
     for part, n in count.most_common() if "quantize" in args else ():  # mask.py loads none of them
         where = "cpu" if part == "transformer" and args.offload else device
-        free = torch.cuda.mem_get_info()[0] if where == "cuda" else psutil.virtual_memory().available
+        free = free_bytes(where)
         gib = {how: n * (each or args.dtype.itemsize) / 2**30 for how, each in WEIGHT_BYTES.items()
                if how == "none" or part == "transformer" and (how == "int8" or device == "cuda")}
         need = gib.get(args.quantize, gib["none"])
@@ -399,7 +407,7 @@ def check_plan(args):
         return
     from bench import needs, savings  # which imports train.py, and that this
     print("planning memory ...")
-    free = torch.cuda.mem_get_info()[0]
+    free = free_bytes("cuda")
     if max(needs(args).values()) < free:
         return
     if max(needs(args, checkpointing=True).values()) >= free:
@@ -414,7 +422,9 @@ def setup(args):
         die(f"--device {args.device}: there is none here")
     # torch prefers it on Hopper, where its backward gave NaN, and at FLUX's size an illegal memory access
     torch.backends.cuda.enable_cudnn_sdp(False)
-    PartialState(cpu=args.device == "cpu")  # under accelerate launch: this process's GPU, or gloo without one
+    torch.backends.cudnn.allow_tf32 = False  # its default: networks that judge in float32 would round to TF32
+    # under accelerate launch: this process's GPU, or gloo without one; one makes all masks, the others wait
+    PartialState(cpu=args.device == "cpu", timeout=timedelta(days=1))
     args.dtype = getattr(torch, args.dtype or ("bfloat16" if args.device == "cuda" else "float32"))
     concepts = load_concepts(args)
     args.concept = [concept["name"] for concept in concepts]
@@ -428,6 +438,9 @@ def setup(args):
             die("--quantize nf4: bitsandbytes' weights cannot wait in main memory; --offload goes without it")
         if not find_spec("bitsandbytes"):
             die("--quantize nf4 needs bitsandbytes: pip install bitsandbytes")
+    if args.device == "cuda" and args.dtype == torch.bfloat16:
+        if not torch.cuda.is_bf16_supported(including_emulation=False):
+            die("--dtype bfloat16: a GPU before Ampere has none; --dtype float32 takes twice the memory")
     args.size, args.weights = check_model(args)
     if "sample_batch" in args and not args.sample_batch:  # 5 megapixels; whole groups make up the 25 images
         groups = (5,) if getattr(args, "fewer_images", False) else (25, 5)

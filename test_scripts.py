@@ -2084,6 +2084,34 @@ def test_figures_of_a_models_own_networks_say_so_however_their_path_is_written(o
     assert ("emoji-flux" in distance) == (own == "judge")
 
 
+def test_each_round_frees_its_networks(copied, tmp_path, monkeypatch):
+    """Else a second transformer of FLUX's size is loaded beside the first."""
+    alive, found, load = weakref.WeakSet(), [], sample.load_denoiser
+
+    def watched(args):
+        found.append(len(alive))
+        pipe = load(args)
+        alive.add(pipe.transformer)
+        return pipe
+
+    monkeypatch.setattr(evaluate, "load_denoiser", watched)
+    monkeypatch.setattr(evaluate, "ROUND", 8)
+    gc.disable()  # it might come in time by chance
+    try:
+        evaluation(None, tmp_path, "--lora", str(copied / "run"), "--report", str(tmp_path / "report"))
+    finally:
+        gc.enable()
+    assert len(found) > 1 and not any(found)
+
+
+def test_a_gpu_without_bfloat16_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
+    monkeypatch.setattr(sample, "PartialState", lambda **_: None)
+    given = ["--model", EMOJI, "--concept", "cat", "--device", "cuda"]
+    assert "--dtype float32" in refusal(lambda: sample.setup(sample.arguments(given)), capsys)
+
+
 @pytest.mark.parametrize("group", [1, 3, 25])
 def test_many_prompts_are_encoded_in_rounds(group):
     long = Namespace(prompts=[f"a {i}" for i in range(2400)], n=2400)
