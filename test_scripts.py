@@ -361,11 +361,12 @@ def test_masks_need_no_room_for_the_model(monkeypatch):
     assert sample.check_model(args)[0] == 64
 
 
-def test_cudnns_attention_is_off(tmp_path):
-    """Its backward gave NaN on an H200, in the first step of the README's first command."""
+def test_cudnns_attention_and_tf32_are_off(tmp_path):
+    """The first one's backward gave NaN on an H200, in the first step of the README's first command."""
     torch.backends.cuda.enable_cudnn_sdp(True)
+    torch.backends.cudnn.allow_tf32 = True
     sample.setup(sample.arguments(["--model", EMOJI, "--concept", "cat", "--out", str(tmp_path)]))
-    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert not torch.backends.cuda.cudnn_sdp_enabled() and not torch.backends.cudnn.allow_tf32
 
 
 def test_nf4_is_refused_with_offload(monkeypatch, capsys):
@@ -1572,6 +1573,16 @@ def test_plan_of_the_vae_is_what_an_h200_took(method, shape, gib):
     weights = 2 * sum(p.numel() for p in vae.parameters())
     most, _, _ = bench.watch(vae, bench.call(method, *shape), torch.bfloat16, "cuda")
     assert (weights + most) / 2**30 == pytest.approx(gib, rel=0.05)
+
+
+def test_plan_is_of_the_runs_own_device():
+    cpu, gpu = (bench.plan(EMOJI, 64, "float32", 1, 25, device=device)[0] for device in ("cpu", "cuda"))
+    assert cpu["latents"]["none"] < gpu["latents"]["none"] and cpu["train"] == gpu["train"]
+    assert cpu["sample"]["offload"] < gpu["sample"]["offload"]
+    for device, row in (("cpu", cpu), ("cuda", gpu)):
+        args = Namespace(model=EMOJI, size=64, dtype=torch.float32, quantize="none", offload=True,
+                         sample_batch=25, device=device)
+        assert bench.needs(args)["sample"] == row["sample"]["offload"]
 
 
 def test_plan_counts_the_work_of_attention_too():
