@@ -683,14 +683,15 @@ def sample_set(load, embeds, folder, concept, prompts, count, args, **made_by):
     """
     world, group, seeds = PartialState(), args.sample_batch, made_by.get("seeds")
     settings = check_set(folder, concept, prompts, count, args, **made_by)
+    listed = max(count, sum(file.stem.isdigit() for file in folder.glob("*.png")))  # more from an earlier run
     rows = [dict(file=f"{i:03}.png", prompt=prompts[i % len(prompts)],
                  seed=seeds[i % len(seeds)] if seeds else seed_of(args.seed, concept, i),
-                 model=args.model, size=args.size) for i in range(-(-count // group) * group)]
+                 model=args.model, size=args.size) for i in range(-(-listed // group) * group)]
     files = [folder / row["file"] for row in rows[:count]]
     if world.is_main_process:
         if not (folder / "settings.json").exists():  # its versions and commit are those of the first images
             keep_settings(folder / "settings.json", settings)
-        write_text(folder / "manifest.json", json.dumps(rows[:count], indent=1))
+        write_text(folder / "manifest.json", json.dumps(rows[:listed], indent=1))
     missing = [i for i in range(0, count, group) if not all(f.exists() for f in files[i:i + group])]
     world.wait_for_everyone()  # before the first image is written, which would be missing for some only
     name = f"sample {folder.parent.name}/{folder.name}"

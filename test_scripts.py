@@ -480,6 +480,10 @@ def test_more_images_never_change_the_earlier_ones(tmp_path):
     assert [p.read_bytes() for p, _ in more] == [p.read_bytes() for p, _ in at_once]
     assert [p.read_bytes() for p, _ in more[:3]] == before
     assert len({p.read_bytes() for p, _ in more}) == 7
+    assert sample.sample_set(lambda: 1 / 0, {}, tmp_path / "grown", "cat", prompts, 3, args) == more[:3]
+    manifest, other = (json.loads((tmp_path / name / "manifest.json").read_text())
+                       for name in ("grown", "at_once"))
+    assert manifest == other and len(manifest) == 7  # the smaller count does not shorten it
     with pytest.raises(SystemExit):  # a stale set: other settings
         args.seed = 1
         sample.sample_set(lambda: pipe, embeds, tmp_path / "grown", "cat", prompts, 7, args)
