@@ -420,7 +420,7 @@ def setup(args):
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if args.device != "cpu" and not getattr(torch, args.device).is_available():
         die(f"--device {args.device}: there is none here")
-    # torch prefers it on Hopper, where its backward gave NaN, and at FLUX's size an illegal memory access
+    # torch prefers it on Hopper, where its backward gave NaN, and at FLUX's width an illegal memory access
     torch.backends.cuda.enable_cudnn_sdp(False)
     torch.backends.cudnn.allow_tf32 = False  # its default: networks that judge in float32 would round to TF32
     # under accelerate launch: this process's GPU, or gloo without one; one makes all masks, the others wait

@@ -377,6 +377,14 @@ def test_nf4_is_refused_with_offload(monkeypatch, capsys):
     assert "--offload goes without it" in refusal(lambda: sample.setup(sample.arguments(given)), capsys)
 
 
+def test_a_gpu_without_bfloat16_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
+    monkeypatch.setattr(sample, "PartialState", lambda **_: None)
+    given = ["--model", EMOJI, "--concept", "cat", "--device", "cuda"]
+    assert "--dtype float32" in refusal(lambda: sample.setup(sample.arguments(given)), capsys)
+
+
 @pytest.mark.parametrize("model", [EMOJI, "none"])
 def test_prompt_files_are_complete(model):
     folder = (ROOT / "emoji-flux" if model == EMOJI else ROOT) / "prompts"
@@ -2117,14 +2125,6 @@ def test_each_round_frees_its_networks(copied, tmp_path, monkeypatch):
     finally:
         gc.enable()
     assert len(found) > 1 and not any(found)
-
-
-def test_a_gpu_without_bfloat16_is_refused(monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
-    monkeypatch.setattr(sample, "PartialState", lambda **_: None)
-    given = ["--model", EMOJI, "--concept", "cat", "--device", "cuda"]
-    assert "--dtype float32" in refusal(lambda: sample.setup(sample.arguments(given)), capsys)
 
 
 @pytest.mark.parametrize("group", [1, 3, 25])
