@@ -4,6 +4,7 @@
     python bench.py --memory --model emoji-flux        # the plan beside what train.py's stages take
     python bench.py --step --model emoji-flux          # train.py's step beside a bare loop of the same work
     python bench.py --proof                            # 11.9 B weights in int8, two steps of INPO, 14 GiB
+    python bench.py --stand-in --out flux-sized        # 34 GB of random weights, to try a card with
 
 Nothing is downloaded but configs, and for FLUX.1 not even those. A plan runs the real networks on tensors
 that have shapes and no memory, and counts what lives at once.
@@ -19,16 +20,16 @@ import time
 import weakref
 from pathlib import Path
 
-from sample import (WEIGHT_BYTES, check_size, die, generate, guarded, load_denoiser, number, peak_memory,
-                    place, stage)
+from sample import (ROOT, WEIGHT_BYTES, check_size, die, generate, guarded, load_denoiser, number,
+                    peak_memory, place, stage, write_text)
 
 def arguments(given=None):
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.error = die
     what = parser.add_mutually_exclusive_group(required=True)
-    for flag in ("plan", "memory", "step", "proof"):
-        what.add_argument(f"--{flag}", dest="work", action="store_const", const=flag)
+    for flag in ("plan", "memory", "step", "proof", "stand-in"):
+        what.add_argument(f"--{flag}", dest="work", action="store_const", const=flag.replace("-", "_"))
     parser.add_argument("--model", default="black-forest-labs/FLUX.1-dev", help="default %(default)s")
     parser.add_argument("--size", type=number(int), help="pixels a side (default: the VAE's sample_size)")
     parser.add_argument("--batch", type=number(int), default=1, help="forget images a step (default 1)")
@@ -42,7 +43,8 @@ ARGS = arguments() if __name__ == "__main__" else None  # before the slow import
 
 import torch  # noqa: E402
 from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel  # noqa: E402
-from huggingface_hub import HfApi, try_to_load_from_cache  # noqa: E402
+from huggingface_hub import HfApi, split_torch_state_dict_into_shards, try_to_load_from_cache  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
@@ -65,8 +67,9 @@ FLUX = dict(
     text_encoder_2=dict(d_model=4096, d_ff=10240, num_layers=24, num_heads=64,
                         feed_forward_proj="gated-gelu"),
     vae=dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=16,
-             sample_size=1024, down_block_types=["DownEncoderBlock2D"] * 4,
-             up_block_types=["UpDecoderBlock2D"] * 4, use_quant_conv=False, use_post_quant_conv=False))
+             sample_size=1024, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False,
+             use_post_quant_conv=False, down_block_types=["DownEncoderBlock2D"] * 4,
+             up_block_types=["UpDecoderBlock2D"] * 4))
 
 def config_of(model, part):
     """A network's config: the folder's, FLUX.1's as published, or the hub's."""
@@ -389,30 +392,44 @@ def measure_step(args, rounds=20):
     for what, a, b, unit in zip(("time", "memory above idle"), mine, other, ("ms", "MiB")):
         print(f"{what}: train.py {a:.0f}, bare loop {b:.0f} {unit}, ratio {a / b:.3f}")
 
-def prove_parts():
-    """FLUX.1-dev's other networks, and SAM's, at their full size beside the plan: made-up weights."""
-    sizes = (("text_encoder_2", "forward", 1, 512), ("vae", "encode", 1, 3, 1024, 1024),
-             ("vae", "decode", 1, 16, 128, 128), ("sam", "image_encoder", 1, 3, 1024, 1024))
-    for part, method, *shape in sizes:
-        def make():
-            return meta_sam("FLUX.1-dev") if part == "sam" else build(part, FLUX[part])
+def make_stand_in(args):
+    """A folder for train.py's --model: the model's networks with random weights, to try a card with. For
+    FLUX.1-dev 34 GB; a shard at a time is in memory."""
+    if args.out.exists() and any(args.out.iterdir()):
+        die(f"--out {args.out}: is not empty; delete it, or use another --out")
+    block = torch.rand(2**24).mul(2).sub(1).bfloat16()  # again and again: to draw 17 billion takes minutes
 
-        dtype = torch.float32 if part == "sam" else torch.bfloat16
-        work = call(method, *shape, dtype=torch.int64 if len(shape) == 2 else None)
-        planned, _ = watch_alone(make(), work, dtype)
-        network = make()
-        with peak_memory() as peak:
-            network.to(dtype).to_empty(device="cpu")
-            for tensor in (*network.parameters(), *network.buffers()):
-                tensor.detach().fill_(0.01)
-            work(network)
-        print(f"{part}, {method}: planned {planned / GIB:.2f}, measured {(peak[1] - peak[0]) / GIB:.2f} GiB")
-        del network
+    def fill(name, p):
+        if p.ndim < 2:
+            return torch.full(p.shape, float(name.endswith("weight")), dtype=torch.bfloat16)
+        values = block.repeat(-(-p.numel() // len(block)))[:p.numel()]
+        return values.mul_(p[0].numel() ** -0.5).view(p.shape)  # as wide as a layer's usual start
+
+    for part in FLUX:
+        folder, network = args.out / part, build(part, config_of(args.model, part))
+        weights = dict(network.named_parameters())  # of two that are tied, one
+        name = "model" if part.startswith("text") else "diffusion_pytorch_model"
+        split = split_torch_state_dict_into_shards(weights, filename_pattern=name + "{suffix}.safetensors",
+                                                   max_shard_size="2GB")
+        folder.mkdir(parents=True)
+        (network.config.save_pretrained if part.startswith("text") else network.save_config)(folder)
+        for file, names in tqdm(split.filename_to_tensors.items(), desc=part):
+            save_file({key: fill(key, weights[key]) for key in names}, folder / file, dict(format="pt"))
+        if split.is_sharded:
+            index = dict(metadata=split.metadata, weight_map=split.tensor_to_filename)
+            write_text(folder / f"{name}.safetensors.index.json", json.dumps(index))
+    own = ROOT / "emoji-flux"
+    for part in ("scheduler", "tokenizer", "tokenizer_2"):
+        shutil.copytree(own / part, args.out / part)
+    longest = CLIPTextConfig(**config_of(args.model, "text_encoder")).max_position_embeddings
+    for part, length in (("tokenizer", longest), ("tokenizer_2", text_length(args.model))):
+        path = args.out / part / "tokenizer_config.json"
+        write_text(path, json.dumps(json.loads(path.read_text()) | dict(model_max_length=length)))
+    shutil.copy(own / "model_index.json", args.out)  # last: without it the folder is refused
+    print(f"{args.out}: python train.py --model {args.out}, with your card's flags")
 
 def proof(args):
-    """prove_parts; then FLUX.1-dev's transformer, 11.9 B random int8 weights, two steps by train.py's own
-    loss function."""
-    prove_parts()
+    """FLUX.1-dev's transformer, 11.9 B random int8 weights, two steps by train.py's own loss function."""
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
     run = argparse.Namespace(loss="inpo", beta=1.0, detach_gate=False, guidance=1.0, **train.TABLE6["object"])
     with stage("build", args.out) as build_peak:
@@ -463,7 +480,9 @@ def main(args):
     if args.work in ("memory", "step"):  # else freed memory stays in the process, and RSS says little
         with contextlib.suppress(AttributeError):  # only glibc has it
             ctypes.CDLL(None).mallopt(-3, 65536)  # M_MMAP_THRESHOLD
-    dict(plan=show_plan, memory=measure_memory, step=measure_step, proof=proof)[args.work](args)
+    works = dict(plan=show_plan, memory=measure_memory, step=measure_step, proof=proof,
+                 stand_in=make_stand_in)
+    works[args.work](args)
 
 if __name__ == "__main__":
     guarded(main, ARGS)

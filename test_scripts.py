@@ -1631,6 +1631,28 @@ def test_step_is_measured_beside_a_bare_loop(tmp_path, capsys):
     assert 0.3 < ratio < 3 and ratio == pytest.approx(ours / bare, rel=0.1)
 
 
+def test_stand_in_is_a_model_of_the_same_shape(tmp_path, monkeypatch, capsys):
+    """Sharded as FLUX.1-dev's files are, and drawn with; a folder that holds something is refused."""
+    split = bench.split_torch_state_dict_into_shards
+    monkeypatch.setattr(bench, "split_torch_state_dict_into_shards",
+                        lambda weights, **how: split(weights, **how | dict(max_shard_size="8MB")))
+    out = tmp_path / "stand-in"
+    args = bench.arguments(["--stand-in", "--model", EMOJI, "--out", str(out)])
+    bench.make_stand_in(args)
+    assert len(list(out.glob("transformer/*.safetensors"))) > 1 and not sample.missing_part(out)
+    real, other = (FluxPipeline.from_pretrained(folder) for folder in (EMOJI, out))
+    for part in bench.FLUX:
+        a, b = (dict(getattr(pipe, part).named_parameters()) for pipe in (real, other))
+        assert {key: p.shape for key, p in a.items()} == {key: p.shape for key, p in b.items()}
+        assert all(p.isfinite().all() for p in b.values())
+    weight = other.transformer.transformer_blocks[0].attn.to_q.weight.detach()
+    assert weight.std() == pytest.approx((3 * weight.shape[1]) ** -0.5, rel=0.05)
+    assert other.tokenizer_2.model_max_length == real.tokenizer_2.model_max_length
+    image, = other("a cat", height=64, width=64, num_inference_steps=1, max_sequence_length=20).images
+    assert image.size == (64, 64)
+    assert f"{out}: is not empty" in refusal(lambda: bench.make_stand_in(args), capsys)
+
+
 def test_plan_of_an_unknown_model_does_not_ask_the_hub_six_times(monkeypatch, capsys):
     def away(*_, **__):
         raise ConnectionError
