@@ -150,28 +150,18 @@ def call(method, *shape, dtype=None):
             return getattr(network, method)(given)
     return work
 
-def meta_sam(model):
-    """The model's own SAM, else ViT-H, on the meta device."""
+@functools.cache
+def plan_masks(model):
+    """Bytes, and FLOP an image, of SAM, the largest network of that stage: the model's own, else ViT-H."""
     own = Path(model) / "sam.pth"
     with torch.device("meta"):
         if own.exists():
             sam = load_sam(torch.load(own, map_location="meta", weights_only=True))
         else:
             sam = sam_model_registry["vit_h"]()
-    return sam.requires_grad_(False)
-
-def watch_alone(network, work, dtype):
-    """As watch, where nothing else is loaded -> bytes at the peak with the network's weights, FLOP."""
-    weights = sum(p.numel() for p in network.parameters()) * dtype.itemsize
-    most, _, flop = watch(network, work, dtype)
-    return weights + most, flop
-
-@functools.cache
-def plan_masks(model):
-    """Bytes, and FLOP an image, of SAM, the largest network of that stage."""
-    sam = meta_sam(model)
     side = sam.image_encoder.img_size
-    return watch_alone(sam, call("image_encoder", 1, 3, side, side), torch.float32)
+    most, _, flop = watch(sam.requires_grad_(False), call("image_encoder", 1, 3, side, side), torch.float32)
+    return 4 * sum(p.numel() for p in sam.parameters()) + most, flop
 
 @functools.cache  # for FLUX.1-dev it takes 15 s
 def plan(model, size, dtype, batch, sample_batch, rank=4, texts=None, states=3.5, device="cuda"):
@@ -431,7 +421,7 @@ def make_stand_in(args):
 def proof(args):
     """FLUX.1-dev's transformer, 11.9 B random int8 weights, two steps by train.py's own loss function."""
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
-    run = argparse.Namespace(loss="inpo", beta=1.0, detach_gate=False, guidance=1.0, **train.TABLE6["object"])
+    run = argparse.Namespace(loss="inpo", beta=1.0, guidance=1.0, **train.TABLE6["object"])
     with stage("build", args.out) as build_peak:
         transformer = build("transformer", FLUX["transformer"])
         layers = [m for m in transformer.modules() if list(m.parameters(recurse=False))]

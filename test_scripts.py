@@ -1034,7 +1034,7 @@ def test_images_and_masks_of_other_settings_are_refused_and_nothing_is_written(t
 
 
 # what train.iteration takes from the arguments
-RECIPE = train.TABLE6["object"] | dict(loss="inpo", beta=1.0, detach_gate=False, guidance=1.0)
+RECIPE = train.TABLE6["object"] | dict(loss="inpo", beta=1.0, guidance=1.0)
 
 
 def perturb(transformer, std=0.05):
@@ -1093,8 +1093,7 @@ def test_iteration_is_what_algorithm_1_says(loss):
             self.given.append(given)
             return (torch.tensor(v if self.adapters else v_ref),)
 
-    run = Namespace(loss=loss, eta=0.7, gamma=2.0, tau=0.2, beta=1.3, lambda_prior=0.4, detach_gate=False,
-                    guidance=1.5)
+    run = Namespace(loss=loss, eta=0.7, gamma=2.0, tau=0.2, beta=1.3, lambda_prior=0.4, guidance=1.5)
     network = Network()
     states, pooled = torch.zeros(2 * B, 3, 5, dtype=torch.float64), torch.zeros(2 * B, 6, dtype=torch.float64)
     given = [torch.tensor(t) for t in (x, mask.astype(float))], [torch.tensor(t) for t in (sigma, eps)]
@@ -1364,7 +1363,7 @@ def test_defaults_are_the_papers(trained):
     assert (args.rank, args.batch, args.n_forget, args.n_preserve, args.sample_steps) == (4, 4, 50, 25, 28)
     assert (args.optimizer, args.sample_guidance, args.guidance) == ("prodigy", 3.5, 1)
     assert args.noise == "logit-normal"
-    assert (args.beta, args.loss, args.mask, args.detach_gate) == (1, "inpo", "concept", False)
+    assert (args.beta, args.loss, args.mask) == (1, "inpo", "concept")
     same = dict(gamma=3, tau=0.1, lambda_prior=0.6)
     assert train.TABLE6 == {task: dict(same, steps=steps, eta=eta) for task, steps, eta in (
         ("object", 300, 1), ("ip", 300, 1), ("style", 400, 3), ("nsfw", 500, 1))}
@@ -1491,16 +1490,6 @@ def test_training_takes_the_kept_masks_their_prompts_and_mask_full(trained, tmp_
         out / "forget" / "cat" / row["file"].replace(".png", ".mask.png"))).any()}
     assert set(texts) == kept and texts[0] != drawn[0]["prompt"]
     assert 0 < masks.mean() < 0.5 and full.all()
-
-
-def test_detach_gate_reaches_the_loss(monkeypatch):
-    seen, one = [], torch.ones(2, 1, 1)
-    monkeypatch.setattr(train, "inpo_loss", lambda dS, *_, **how: seen.append(how) or dS)
-    monkeypatch.setattr(train, "predict", lambda *_: one)
-    network = Namespace(disable_adapters=lambda: 0, enable_adapters=lambda: 0)
-    run = Namespace(**RECIPE | dict(detach_gate=True))
-    train.iteration(network, one, one[:1], one, one, torch.ones(2) / 2, one, run)
-    assert seen == [dict(detach_gate=True)]
 
 
 def test_saved_lora_is_as_strong_as_the_trained_one(tmp_path):

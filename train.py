@@ -47,8 +47,6 @@ def arguments(given=None):
                         help="ga: gradient ascent, Eq. 4 (default inpo)")
     method.add_argument("--mask", choices=["concept", "full"], default="concept",
                         help="full: M = 1 in Eq. 11 (default concept)")
-    method.add_argument("--detach-gate", action="store_true",
-                        help="no gradient through alpha, against Eq. 18")
     recipe = parser.add_argument_group("training")
     recipe.add_argument("--steps", type=number(int), help="T in all (default: Table 6, summed over concepts)")
     recipe.add_argument("--optimizer", choices=["prodigy", "adamw"], default="prodigy",
@@ -142,8 +140,7 @@ def iteration(transformer, x, mask, states, pooled, sigma, eps, args):
     if args.loss == "ga":
         forget = gradient_ascent(S)  # (B,)
     else:
-        forget = inpo_loss(dS, args.eta, args.gamma, args.tau, args.beta,
-                           detach_gate=args.detach_gate)  # (B,)
+        forget = inpo_loss(dS, args.eta, args.gamma, args.tau, args.beta)  # (B,)
     prior = prior_loss(v[half:], v_ref[half:])  # (B,)
     loss = forget.mean() + args.lambda_prior * prior.mean()
     return loss, dict(S=S.detach(), S_ref=S_ref, dS=dS.detach(), alpha=alpha, prior=prior.detach(),
