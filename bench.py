@@ -327,19 +327,6 @@ def print_pair(batch, name, planned, peak):
     measured = torch.cuda.max_memory_allocated() or peak[1] - peak[0]  # the stage's; 0 without a GPU
     print(f"{batch:6} {name:24}{planned[name]['none'] / 2**20:10.0f}{measured / 2**20:10.0f}")
 
-@contextlib.contextmanager
-def step_peak(device):
-    """peak_memory, or the same of the GPU's, whose work is waited for."""
-    if device != "cuda":
-        with peak_memory() as peak:
-            yield peak
-        return
-    torch.cuda.reset_peak_memory_stats()
-    peak = [torch.cuda.memory_allocated()]
-    yield peak
-    torch.cuda.synchronize()
-    peak.append(torch.cuda.max_memory_allocated())
-
 def measure_step(args, rounds=20):
     """train.py's step against a bare loop: the same forwards, backward, optimizer, threads, cached inputs."""
     run, (forget, preserve, embeds, (preset,)) = random_run(args, args.out, args.batch)
@@ -372,12 +359,17 @@ def measure_step(args, rounds=20):
     for step in tqdm(range(rounds), desc="interleaved steps"):
         for work, (transformer, params, optimizer) in zip((ours, bare), sides):
             gc.collect()
-            start = time.perf_counter()
-            with step_peak(run.device) as peak:
+            if run.device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            idle, start = torch.cuda.memory_allocated(), time.perf_counter()  # 0 without a GPU
+            with peak_memory() as peak:
                 work(transformer, params, step)
                 optimizer.step()
                 optimizer.zero_grad()
-            took[work.__name__].append((1e3 * (time.perf_counter() - start), (peak[1] - peak[0]) / 2**20))
+            if run.device == "cuda":
+                torch.cuda.synchronize()
+            memory = torch.cuda.max_memory_allocated() - idle or peak[1] - peak[0]
+            took[work.__name__].append((1e3 * (time.perf_counter() - start), memory / 2**20))
     mine, other = (torch.tensor(rows).median(0).values.tolist() for rows in took.values())
     for what, a, b, unit in zip(("time", "memory above idle"), mine, other, ("ms", "MiB")):
         print(f"{what}: train.py {a:.0f}, bare loop {b:.0f} {unit}, ratio {a / b:.3f}")
@@ -401,7 +393,6 @@ def make_stand_in(args):
         name = "model" if part.startswith("text") else "diffusion_pytorch_model"
         split = split_torch_state_dict_into_shards(weights, filename_pattern=name + "{suffix}.safetensors",
                                                    max_shard_size="2GB")
-        folder.mkdir(parents=True)
         (network.config.save_pretrained if part.startswith("text") else network.save_config)(folder)
         for file, names in tqdm(split.filename_to_tensors.items(), desc=part):
             save_file({key: fill(key, weights[key]) for key in names}, folder / file, dict(format="pt"))

@@ -297,7 +297,6 @@ def keep(home, key, files, make):
     stamp = zlib.crc32(str([(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]).encode())
     if kept.get(key, {}).get("stamp") != stamp:
         kept[key] = dict(stamp=stamp, found=make())
-        home.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(kept))
     return kept[key]["found"]
 

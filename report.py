@@ -46,7 +46,6 @@ def write_report(report, folder):
     """A dict of plain types (NaN raises a ValueError) -> the three files, each whole, in folder."""
     made = {"report.json": json.dumps(report, indent=1, allow_nan=False),
             "report.csv": csv_text(report), "report.html": html_text(report)}
-    folder.mkdir(parents=True, exist_ok=True)
     for name, text in made.items():
         write_text(folder / name, text)
 

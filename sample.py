@@ -484,7 +484,6 @@ def check_settings(path, settings, what, instead="use another --out"):
 
 def keep_settings(path, settings, **more):
     """Write settings, more that may change from run to run, versions and commit to a json file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     packages = "torch diffusers transformers peft accelerate prodigyopt torchao".split()
     versions = dict(python=sys.version.split()[0]) | {name: version(name) for name in packages}
     commit = ""
@@ -543,8 +542,10 @@ def lock(out):
 
 @contextlib.contextmanager
 def whole(path):
-    """Another name to write to, renamed at the end: neither a kill nor a full disk leaves half a file."""
+    """Another name to write to, renamed at the end: neither a kill nor a full disk leaves half a file. Its
+    folder is made."""
     half = path.with_suffix(f".{os.getpid()}.tmp")  # two evaluations may share a folder
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield half
         os.replace(half, path)

@@ -190,7 +190,6 @@ def batch_of(step, forget, preserve, embeds, args):
 
 def save_lora(transformer, folder):
     """pytorch_lora_weights.safetensors as FluxPipeline.load_lora_weights reads it; whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
     lora = get_peft_model_state_dict(transformer)
     with whole(folder / LORA_WEIGHT_NAME_SAFE) as half:
         FluxPipeline.save_lora_weights(folder, lora, weight_name=half.name)
