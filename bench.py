@@ -51,7 +51,8 @@ from torch.utils._pytree import tree_leaves  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop  # noqa: E402
 from segment_anything import sam_model_registry  # noqa: E402
 from tqdm import tqdm  # noqa: E402
-from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel  # noqa: E402
+from transformers import (AutoTokenizer, CLIPTextConfig, CLIPTextModel, T5Config,  # noqa: E402
+                          T5EncoderModel)
 
 import train  # noqa: E402
 from inpo import inpo_loss  # noqa: E402
@@ -374,40 +375,47 @@ def measure_step(args, rounds=20):
     for what, a, b, unit in zip(("time", "memory above idle"), mine, other, ("ms", "MiB")):
         print(f"{what}: train.py {a:.0f}, bare loop {b:.0f} {unit}, ratio {a / b:.3f}")
 
-def make_stand_in(args):
-    """A folder for train.py's --model: the model's networks with random weights, to try a card with. For
-    FLUX.1-dev 34 GB; a shard at a time is in memory."""
-    if args.out.exists() and any(args.out.iterdir()):
-        die(f"--out {args.out}: is not empty; delete it, or use another --out")
-    block = torch.rand(2**24).mul(2).sub(1).bfloat16()  # again and again: to draw 17 billion takes minutes
+def write_networks(model, out):
+    """A pipeline's networks with random weights in bf16, as FluxPipeline loads them; a shard at a time is in
+    memory."""
+    block = torch.rand(2**24).mul(2).sub(1).bfloat16()  # (N,), again and again: 17 billion take minutes
 
     def fill(name, p):
         if p.ndim < 2:
             return torch.full(p.shape, float(name.endswith("weight")), dtype=torch.bfloat16)
-        values = block.repeat(-(-p.numel() // len(block)))[:p.numel()]
+        values = block.repeat(-(-p.numel() // len(block)))[:p.numel()]  # (p.numel(),)
         return values.mul_(p[0].numel() ** -0.5).view(p.shape)  # as wide as a layer's usual start
 
     for part in FLUX:
-        folder, network = args.out / part, build(part, config_of(args.model, part))
+        folder, network, text = out / part, build(part, config_of(model, part)), part.startswith("text")
         weights = dict(network.named_parameters())  # of two that are tied, one
-        name = "model" if part.startswith("text") else "diffusion_pytorch_model"
+        name = "model" if text else "diffusion_pytorch_model"
         split = split_torch_state_dict_into_shards(weights, filename_pattern=name + "{suffix}.safetensors",
                                                    max_shard_size="2GB")
-        (network.config.save_pretrained if part.startswith("text") else network.save_config)(folder)
+        (network.config.save_pretrained if text else network.save_config)(folder)
         for file, names in tqdm(split.filename_to_tensors.items(), desc=part):
             save_file({key: fill(key, weights[key]) for key in names}, folder / file, dict(format="pt"))
         if split.is_sharded:
             index = dict(metadata=split.metadata, weight_map=split.tensor_to_filename)
             write_text(folder / f"{name}.safetensors.index.json", json.dumps(index))
-    own = ROOT / "emoji-flux"
-    for part in ("scheduler", "tokenizer", "tokenizer_2"):
-        shutil.copytree(own / part, args.out / part)
+
+def make_stand_in(args):
+    """A folder for train.py's --model: the model's networks with random weights, to try a card with, and
+    emoji-flux's scheduler and tokenizers. For FLUX.1-dev 34 GB."""
+    own, out = ROOT / "emoji-flux", args.out
+    if out.exists() and any(out.iterdir()):
+        die(f"--out {out}: is not empty; delete it, or use another --out")
     longest = CLIPTextConfig(**config_of(args.model, "text_encoder")).max_position_embeddings
-    for part, length in (("tokenizer", longest), ("tokenizer_2", text_length(args.model))):
-        path = args.out / part / "tokenizer_config.json"
-        write_text(path, json.dumps(json.loads(path.read_text()) | dict(model_max_length=length)))
-    shutil.copy(own / "model_index.json", args.out)  # last: without it the folder is refused
-    print(f"{args.out}: python train.py --model {args.out}, with your card's flags")
+    try:
+        write_networks(args.model, out)
+        for part, length in (("tokenizer", longest), ("tokenizer_2", text_length(args.model))):
+            AutoTokenizer.from_pretrained(own / part, model_max_length=length).save_pretrained(out / part)
+        shutil.copytree(own / "scheduler", out / "scheduler")
+        shutil.copy(own / "model_index.json", out)  # last: killed before it, the folder is no model
+    except BaseException:  # a full disk, Ctrl-C: else the same command would find a folder that is not empty
+        shutil.rmtree(out, ignore_errors=True)
+        raise
+    print(f"{out}: python train.py --model {out}, with your card's flags")
 
 def proof(args):
     """FLUX.1-dev's transformer, 11.9 B random int8 weights, two steps by train.py's own loss function."""

@@ -1642,6 +1642,11 @@ def test_stand_in_is_a_model_of_the_same_shape(tmp_path, monkeypatch, capsys):
     image, = other("a cat", height=64, width=64, num_inference_steps=1, max_sequence_length=20).images
     assert image.size == (64, 64)
     assert f"{out}: is not empty" in refusal(lambda: bench.make_stand_in(args), capsys)
+    shutil.rmtree(out)
+    monkeypatch.setattr(bench, "write_text", lambda *_: out.joinpath("none", "such").touch())  # an OSError
+    with pytest.raises(OSError):
+        bench.make_stand_in(args)
+    assert not out.exists()  # the same command can be given again
 
 
 def test_plan_of_an_unknown_model_does_not_ask_the_hub_six_times(monkeypatch, capsys):
