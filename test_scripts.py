@@ -2342,9 +2342,25 @@ def test_readme_holds_the_map_and_commands_that_exist():
     command = [sys.executable, "test_inpo.py"]
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     assert printed and printed in text
+    text += (ROOT / "docs/measurements.md").read_text()
     for script, rest in re.findall(r"python (\w+)\.py (--[^\n#`]*)", text):
         module = dict(train=train, sample=sample, mask=mask, evaluate=evaluate, bench=bench)[script]
         module.arguments(shlex.split(rest.split(";")[0].replace("$tau", "0.5").replace('"$@"', "")))
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/measurements.md", "emoji-flux/README.md"])
+def test_links_lead_somewhere(name):
+    links = re.findall(r"\]\(([^)\s]+)\)", (ROOT / name).read_text())
+    assert links
+    for link in links:
+        if link.startswith("https://"):
+            continue
+        path, _, anchor = link.partition("#")
+        file = (ROOT / name).parent / path if path else ROOT / name
+        assert file.exists(), link
+        if file.suffix == ".md" and anchor:
+            titles = re.findall(r"(?m)^#+ (.*)$", file.read_text())  # GitHub's anchors
+            assert anchor in [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles], link
 
 
 if __name__ == "__main__":  # all moments, some ten minutes; pytest keeps three
