@@ -10,7 +10,6 @@ import contextlib
 import functools
 import json
 import logging
-import math
 import os
 import re
 import signal
@@ -44,14 +43,13 @@ def die(message, code=2):
         print("\n" * (code != 2) + f"error: {message}", file=sys.stderr)
     sys.exit(code)
 
-def number(kind=float, least=0.0, strict=True, most=math.inf, finite=True):
+def number(kind=float, least=0.0, strict=True, most=sys.float_info.max):
     """An argparse type: a number above `least`, or from it on if not strict, up to `most`; never NaN."""
     def parse(text):
         value = kind(text)
-        if not least <= value <= most or (strict and value == least) or (finite and math.isinf(value)):
-            end = f" and <= {most}" if math.isfinite(most) else " and finite" * finite
-            limit = f"{'>' if strict else '>='} {least:g}{end}"
-            raise argparse.ArgumentTypeError(f"{text} is not {limit}")
+        if not least <= value <= most or (strict and value == least):
+            end = "finite" if most == sys.float_info.max else f"<= {most}"
+            raise argparse.ArgumentTypeError(f"{text} is not {'>' if strict else '>='} {least:g} and {end}")
         return value
     parse.__name__ = kind.__name__  # argparse then says "invalid float value: 'x'"
     return parse

@@ -39,7 +39,7 @@ def arguments(given=None):
     method = parser.add_argument_group("method (default: Table 6, by the concept's task)")
     method.add_argument("--eta", type=number(), help="forget strength, Eq. 13")
     method.add_argument("--gamma", type=number(), help="sharpness of the gate, Eq. 14")
-    method.add_argument("--tau", type=number(least=-math.inf, finite=False),
+    method.add_argument("--tau", type=number(least=-math.inf, most=math.inf),
                         help="margin, Eq. 14; inf: no gate")
     method.add_argument("--beta", type=number(), default=1.0, help="Eq. 15, apart from eta (default 1)")
     method.add_argument("--lambda-prior", type=number(strict=False), help="weight of Eq. 16")
