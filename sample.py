@@ -59,61 +59,58 @@ def model_name(text):
     folder = Path(text)
     return str(folder if folder.name else folder.resolve()) if folder.is_dir() else text
 
-def model_flags(parser, needs_concept=True, out="default out/MODEL-CONCEPT, with -SEED where it is not 0"):
-    raw = argparse.RawDescriptionHelpFormatter
-    parser.formatter_class = functools.partial(raw, max_help_position=36, width=110)
-    parser.usage = "%(prog)s [flags]"
+def model_flags(doc, needs_concept=True, out="default out/MODEL-CONCEPT, with -SEED where it is not 0"):
+    """A script's parser, with the flags that all of them share."""
+    raw = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=36, width=110)
+    parser = argparse.ArgumentParser(description=doc, usage="%(prog)s [flags]", formatter_class=raw)
     parser.error = die  # one line, without the usage
-    parser.add_argument("--model", type=model_name, default="black-forest-labs/FLUX.1-dev",
-                        help="a FluxPipeline: hub id or folder (default %(default)s)")
-    parser.add_argument("--concept", nargs="+", action="extend", metavar="NAME", required=needs_concept,
-                        help="a prompt file's name; several: one LoRA forgets them all (D.2)")
-    parser.add_argument("--out", type=Path, help=out)
-    parser.add_argument("--seed", type=number(int, strict=False, most=2**32 - 1), default=0, help="default 0")
-    parser.add_argument("--device", choices=["cpu", "cuda", "mps"], help="default: cuda where there is one")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on cuda")
+    flag = parser.add_argument
+    flag("--model", type=model_name, default="black-forest-labs/FLUX.1-dev",
+         help="a FluxPipeline: hub id or folder (default %(default)s)")
+    flag("--concept", nargs="+", action="extend", metavar="NAME", required=needs_concept,
+         help="a prompt file's name; several: one LoRA forgets them all (D.2)")
+    flag("--out", type=Path, help=out)
+    flag("--seed", type=number(int, strict=False, most=2**32 - 1), default=0, help="default 0")
+    flag("--device", choices=["cpu", "cuda", "mps"], help="default: cuda where there is one")
+    flag("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on cuda")
+    return parser
 
-def drawing_flags(parser):
-    parser.add_argument("--quantize", choices=list(WEIGHT_BYTES), default="none",
-                        help="the frozen weights: int8 by torchao, nf4 by bitsandbytes (default none)")
-    parser.add_argument("--offload", action="store_true",
-                        help="they wait in main memory, a layer at a time is on the device: slow")
-    parser.add_argument("--size", type=number(int), help="pixels a side (default: the VAE's sample_size)")
-    parser.add_argument("--sample-steps", type=number(int), default=28,
-                        help="denoising steps, unstated (default 28)")
-    parser.add_argument("--sample-guidance", type=number(strict=False), default=3.5,
-                        help="unstated (default 3.5)")
-    parser.add_argument("--sample-batch", type=number(int),
-                        help="images at once (default: 25, 5 or 1, by their size; 5 at 1024 pixels)")
+def drawing_flags(flag):
+    """flag: the add_argument of a parser or of a group, here and below."""
+    flag("--quantize", choices=list(WEIGHT_BYTES), default="none",
+         help="the frozen weights: int8 by torchao, nf4 by bitsandbytes (default none)")
+    flag("--offload", action="store_true",
+         help="they wait in main memory, a layer at a time is on the device: slow")
+    flag("--size", type=number(int), help="pixels a side (default: the VAE's sample_size)")
+    flag("--sample-steps", type=number(int), default=28, help="denoising steps, unstated (default 28)")
+    flag("--sample-guidance", type=number(strict=False), default=3.5, help="unstated (default 3.5)")
+    flag("--sample-batch", type=number(int),
+         help="images at once (default: 25, 5 or 1, by their size; 5 at 1024 pixels)")
 
-def data_flags(parser):
-    parser.add_argument("--n-forget", type=number(int), default=50, help="N_ES, unstated (default 50)")
-    parser.add_argument("--n-preserve", type=number(int), default=25, help="images a concept (C.1: 25)")
-    parser.add_argument("--prompts", type=Path, help="a text file of forget prompts (default: [train])")
-    parser.add_argument("--preserve", type=Path,
-                        help="a text file of preserved prompts for D_PR, 8 x --n-preserve images in all")
-    parser.add_argument("--preserve-dir", type=Path, help="D_PR's images, for runs to share (in --out)")
-    parser.add_argument("--images", type=Path, help="a folder of your own forget images, no prompt file "
-                        "needed: X.jpg, its caption X.txt, its mask X.mask.png")
-    parser.add_argument("--task", choices=TASKS, help="with --images: Table 6's preset")
-    parser.add_argument("--caption", help='with --images: for those without X.txt, say "a photo of {}"')
-    drawing_flags(parser)
+def data_flags(flag):
+    flag("--n-forget", type=number(int), default=50, help="N_ES, unstated (default 50)")
+    flag("--n-preserve", type=number(int), default=25, help="images a concept (C.1: 25)")
+    flag("--prompts", type=Path, help="a text file of forget prompts (default: [train])")
+    flag("--preserve", type=Path, help="a text file of prompts to preserve, 8 x --n-preserve images in all")
+    flag("--preserve-dir", type=Path, help="D_PR's images, for runs to share (in --out)")
+    flag("--images", type=Path, help="a folder of your own forget images, no prompt file needed: X.jpg, its "
+                                     "caption X.txt, its mask X.mask.png")
+    flag("--task", choices=TASKS, help="with --images: Table 6's preset")
+    flag("--caption", help='with --images: for those without X.txt, say "a photo of {}"')
+    drawing_flags(flag)
 
-def finder_flags(parser):
-    parser.add_argument("--detector", help="OWLv2 or GroundingDINO (default: the model's own, else OWLv2)")
-    parser.add_argument("--sam", help="a .pth, file or URL (default: the model's own, else SAM's ViT-H)")
-    parser.add_argument("--threshold", type=number(strict=False, most=1), default=0.2,
-                        help="least score of a box (default 0.2)")
+def finder_flags(flag):
+    flag("--detector", help="OWLv2 or GroundingDINO (default: the model's own, else OWLv2)")
+    flag("--sam", help="a .pth, file or URL (default: the model's own, else SAM's ViT-H)")
+    flag("--threshold", type=number(strict=False, most=1), default=0.2, help="least score of a box (0.2)")
 
-def mask_flags(parser):
-    finder_flags(parser)
-    parser.add_argument("--min-found", type=number(strict=False, most=1), default=0.5,
-                        help="least share with a mask (default 0.5)")
+def mask_flags(flag):
+    finder_flags(flag)
+    flag("--min-found", type=number(strict=False, most=1), default=0.5, help="least share with a mask (0.5)")
 
 def arguments(given=None):
-    parser = argparse.ArgumentParser(description=__doc__)
-    model_flags(parser)
-    data_flags(parser)
+    parser = model_flags(__doc__)
+    data_flags(parser.add_argument)
     return parser.parse_args(given)
 
 ARGS = arguments() if __name__ == "__main__" else None  # before the slow imports: --help answers at once
