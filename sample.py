@@ -202,7 +202,7 @@ def load_concept(model, name):
             "(README: a concept is a file)")
     keys = "task concept detect neighbours unrelated unseen backgrounds styles".split()
     sections = "train eval paraphrases preserve".split()
-    found, section = dict(name=name), None
+    found, section = {}, None
     for line in filter(None, map(str.strip, read_text(path).splitlines())):
         key, colon, value = line.partition(":")
         if line.startswith("#"):
@@ -212,21 +212,19 @@ def load_concept(model, name):
         elif section is not None and not line.startswith("["):
             section.append(line)
         elif colon and key in keys:
-            values = [v for v in map(str.strip, value.split(",")) if v]
-            found[key] = value.strip() if key == "task" else values
+            found[key] = [v for v in map(str.strip, value.split(",")) if v]
         else:
             die(f"{path}: {line} is none of {', '.join(keys)}, nor one of [{'], ['.join(sections)}]")
-    found = {k: allowed(v, f"{path}, {k}") if isinstance(v, list) else v for k, v in found.items()}
     for key in keys + sections:
-        if not found.get(key):
-            die(f"{path}: has no {key} (README: a concept is a file)")
+        mine = allowed(found.get(key, []), f"{path}, {key}")
+        found[key] = mine or die(f"{path}: has no {key} (README: a concept is a file)")
     if odd := [template for template in found["preserve"] if "{}" not in template]:
         die(f"{path}: [preserve] holds {odd[0]}, a template without {{}}")
     if odd := [end for end in found["backgrounds"] + found["styles"] if " " not in end]:
         die(f"{path}: {odd[0]} is no ending of a prompt, write as in: on a beach, in oil style")
-    if found["task"] not in TASKS:
-        die(f"{path}: task is {found['task']}, not {' or '.join(TASKS)}")
-    return found
+    if (task := ", ".join(found["task"])) not in TASKS:
+        die(f"{path}: task is {task}, not {' or '.join(TASKS)}")
+    return found | dict(name=name, task=task)
 
 def read_prompts(flag, path):
     """The lines of a text file of prompts, less what the filter drops."""
