@@ -131,35 +131,29 @@ def watch(network, work, dtype, device="cpu"):
             del graph
         return peak.most, kept, flops.get_total_flops()
 
-def predict(batch, tokens, texts, backward=None):
-    """What watch() runs: a prediction of a batch; backward: None no graph, False kept, True gone through."""
+def predict(batch, tokens, texts, backward=False):
+    """What watch() runs: a prediction of a batch; a LoRA's graph is kept, or gone through."""
     def work(network):
         c, dtype = network.config, next(p.dtype for p in network.parameters() if not p.requires_grad)
         z = torch.empty(batch, tokens, c.in_channels, dtype=dtype)  # (B, L, D)
         states = torch.empty(batch, texts, c.joint_attention_dim, dtype=dtype)  # (B, T, E)
         pooled = torch.empty(batch, c.pooled_projection_dim, dtype=dtype)  # (B, P)
-        with torch.set_grad_enabled(backward is not None):
-            v = train.predict(network, z, torch.empty(batch), states, pooled, 1.0)
+        v = train.predict(network, z, torch.empty(batch), states, pooled, 1.0)
         return v.float().square().mean().backward() if backward else v
     return work
 
 def call(method, *shape, dtype=None):
-    """What watch() runs of the other networks."""
-    def work(network):
-        given = torch.zeros(shape, dtype=dtype or next(network.parameters()).dtype)
-        with torch.no_grad():
-            return getattr(network, method)(given)
-    return work
+    """What watch() runs of the other networks, which have no graph."""
+    return lambda network: getattr(network, method)(
+        torch.zeros(shape, dtype=dtype or next(network.parameters()).dtype))
 
 @functools.cache
 def plan_masks(model):
     """Bytes, and FLOP an image, of SAM, the largest network of that stage: the model's own, else ViT-H."""
     own = Path(model) / "sam.pth"
     with torch.device("meta"):
-        if own.exists():
-            sam = load_sam(torch.load(own, map_location="meta", weights_only=True))
-        else:
-            sam = sam_model_registry["vit_h"]()
+        sam = (load_sam(torch.load(own, map_location="meta", weights_only=True)) if own.exists() else
+               sam_model_registry["vit_h"]())
     side = sam.image_encoder.img_size
     most, _, flop = watch(sam.requires_grad_(False), call("image_encoder", 1, 3, side, side), torch.float32)
     return 4 * sum(p.numel() for p in sam.parameters()) + most, flop
@@ -180,11 +174,9 @@ def plan(model, size, dtype, batch, sample_batch, rank=4, texts=None, states=3.5
     side = size // 2 ** (len(vae.config.block_out_channels) - 1)  # latent cells
     tokens, texts, B = side * side // 4, texts or text_length(model), 2 * batch
 
-    def flux(checkpointing=False, **changed):
+    def flux(**changed):
         network = build("transformer", config_of(model, "transformer"), **changed)
         train.add_lora(network, rank, 0)
-        if checkpointing:
-            network.enable_gradient_checkpointing()
         return network
 
     tuned = flux()
@@ -200,7 +192,8 @@ def plan(model, size, dtype, batch, sample_batch, rank=4, texts=None, states=3.5
     drawn, _, flop = watch(networks["transformer"], predict(sample_batch, tokens, texts), dtype)
     plain = watch(tuned, predict(B, tokens, texts, True), dtype)[0]
     # with checkpointing: what all blocks are given, and within one block at a time
-    given = watch(flux(checkpointing=True), predict(B, tokens, texts, False), dtype)[1]
+    tuned.enable_gradient_checkpointing()
+    given = watch(tuned, predict(B, tokens, texts), dtype)[1]
     within = max(watch(flux(num_layers=k, num_single_layers=1 - k), predict(B, tokens, texts, True), dtype)[0]
                  for k in (0, 1))
     whole, block, layer = (n * dtype.itemsize for n in (numel["transformer"], max(blocks), max(linears)))
@@ -316,9 +309,8 @@ def measure_memory(args):
             gc.collect()
             if not flags:
                 with stage("sample", out) as peak:
-                    pipe = place(load_denoiser(run), run)
-                    generate(pipe, data[2], [""] * batch, range(batch), 3, 3.5, run.size)
-                    del pipe
+                    generate(place(load_denoiser(run), run), data[2], [""] * batch, range(batch), 3, 3.5,
+                             run.size)
                 print_pair(batch, "sample", planned, peak)
             with stage("train", out) as peak:
                 train.train(load_denoiser(run), *data, run)
