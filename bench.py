@@ -352,8 +352,6 @@ def measure_step(args, rounds=20):
     for step in tqdm(range(rounds), desc="interleaved steps"):
         for work, (transformer, params, optimizer) in zip((ours, bare), sides):
             gc.collect()
-            if run.device == "cuda":
-                torch.cuda.reset_peak_memory_stats()
             idle, start = torch.cuda.memory_allocated(), time.perf_counter()  # 0 without a GPU
             with peak_memory() as peak:
                 work(transformer, params, step)

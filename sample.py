@@ -488,7 +488,9 @@ def keep_settings(path, settings, **more):
 
 @contextlib.contextmanager
 def peak_memory():
-    """-> [bytes of RSS at the start, the most that a thread saw by the end of the block]."""
+    """-> [bytes of RSS at the start, the most that a thread saw by the end]; CUDA's own peak begins anew."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     process, over = psutil.Process(), threading.Event()
     peak = [process.memory_info().rss] * 2
 
@@ -510,8 +512,6 @@ def stage(name, out):
     and of CUDA, forwards. What it has loaded is freed before the next: never two large models at once.
     -> peak_memory's bytes, and the number of forwards, for the block to set."""
     out.mkdir(parents=True, exist_ok=True)
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
     with peak_memory() as peak:
         peak.append(0)
