@@ -322,7 +322,6 @@ def missing_part(folder):
                 safe_open(path, "pt")  # reads no more than the header
         except (OSError, ValueError, SafetensorError):
             return path
-    return None
 
 def free_bytes(where):
     """Memory that is free there; of several processes' GPUs the least, so that all of them find the same."""
@@ -345,7 +344,7 @@ def check_model(args):
         wanted = ["model_index.json", "*/*"]  # a download leaves out what lies beside the pipeline's folders
         with contextlib.suppress(OSError, HFValidationError):
             folder = Path(snapshot_download(model, local_files_only=True, allow_patterns=wanted))
-    config, missing = folder / "vae" / "config.json", missing_part(folder)
+    config, missing, count = folder / "vae" / "config.json", missing_part(folder), Counter()
     # an earlier check, or a download that was cut short, leaves a part in the cache
     if here or ((folder / "model_index.json").exists() and not missing):
         index = folder / "model_index.json"
@@ -355,8 +354,9 @@ def check_model(args):
             refuse(f"{missing} is missing or cannot be read")
         paths = sorted(p for p in folder.glob("*/*.safetensors")  # not a LoRA that somebody keeps there
                        if (p.parent / "config.json").exists())
-        files = [(path.parent.name, sum(parse_local_safetensors_file_metadata(path).parameter_count.values()))
-                 for path in paths]
+        for path in paths:
+            by_dtype = parse_local_safetensors_file_metadata(path).parameter_count
+            count[path.parent.name] += sum(by_dtype.values())
         weights = fingerprint(paths + sorted(folder.glob("*.pth"))) if here else folder.name  # its commit
     else:
         try:
@@ -373,14 +373,12 @@ def check_model(args):
             cut = f" whole, {missing} is missing or cannot be read" if folder.is_dir() else ""
             refuse(f"no folder here, not cached{cut}, and the hub cannot be reached "
                    f"({type(error).__name__}): connect, or pass a folder")
-        files = [(f.rfilename.split("/")[0], f.size / 2) for f in info.siblings  # two bytes a weight there
-                 if re.fullmatch(r"[^/]+/[^/]+\.safetensors", f.rfilename)]
+        for file in info.siblings:
+            if re.fullmatch(r"[^/]+/[^/]+\.safetensors", file.rfilename):
+                count[file.rfilename.split("/")[0]] += file.size / 2  # two bytes a weight there
         weights = info.sha
-    if not files:
+    if not count:
         refuse("has no */*.safetensors")
-    count = Counter()
-    for part, n in files:
-        count[part] += n
     for part, n in count.most_common() if "quantize" in args else ():  # mask.py loads none of them
         where = "cpu" if part == "transformer" and args.offload else device
         free = free_bytes(where)
