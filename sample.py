@@ -477,11 +477,9 @@ def keep_settings(path, settings, **more):
     """Write settings, more that may change from run to run, versions and commit to a json file."""
     packages = "torch diffusers transformers peft accelerate prodigyopt torchao".split()
     versions = dict(python=sys.version.split()[0]) | {name: version(name) for name in packages}
-    commit = ""
-    with contextlib.suppress(OSError):  # no git here
-        git = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True)
-        commit = git.stdout.strip()
-    record = dict(settings=settings, **more, versions=versions, commit=commit)
+    # a shell minds neither that there is no git nor that this is no clone
+    git = subprocess.run("git rev-parse HEAD", cwd=ROOT, shell=True, capture_output=True, text=True)
+    record = dict(settings=settings, **more, versions=versions, commit=git.stdout.strip())
     write_text(path, json.dumps(record, indent=1, default=str))
 
 @contextlib.contextmanager
