@@ -184,8 +184,7 @@ def plan(model, size, dtype, batch, sample_batch, rank=4, texts=None, states=3.5
     linears = [m.weight.numel() for m in tuned.modules() if isinstance(m, torch.nn.Linear)]
     blocks = [sum(p.numel() for p in kind[0].parameters())
               for kind in (tuned.transformer_blocks, tuned.single_transformer_blocks)]
-    encode = call("forward", 1, texts, dtype=torch.int64)
-    text, _, text_flop = watch(networks["text_encoder_2"], encode, dtype)
+    text, _, text_flop = watch(networks["text_encoder_2"], call("forward", 1, texts, dtype=torch.long), dtype)
     latents = sample_batch, vae.config.latent_channels, side, side
     decoded, _, decode_flop = watch(vae, call("decode", *latents), dtype, device)
     encoded, _, encode_flop = watch(vae, call("encode", 1, 3, size, size), dtype, device)
@@ -323,11 +322,6 @@ def print_pair(batch, name, planned, peak):
 def measure_step(args, rounds=20):
     """train.py's step against a bare loop: the same forwards, backward, optimizer, threads, cached inputs."""
     run, (forget, preserve, embeds, (preset,)) = random_run(args, args.out, args.batch)
-    sides = []
-    for _ in ("ours", "bare"):
-        transformer = place(load_denoiser(run), run).transformer
-        params = train.add_lora(transformer, run.rank, 0)
-        sides.append((transformer, params, train.make_optimizer(params, run)))
     cached = next(iter(train.batch_of(0, forget[0], preserve, embeds, run)))
 
     def ours(transformer, params, step):
@@ -348,20 +342,23 @@ def measure_step(args, rounds=20):
         loss = (2 * torch.sigmoid(-3 * (dS - 0.1)) * torch.nn.functional.softplus(-dS)).mean()
         (loss + 0.6 * (v[half:] - v_ref[half:]).square().mean()).backward()
 
-    took = dict(ours=[], bare=[])
+    sides = {}
+    for work in (ours, bare):
+        transformer = place(load_denoiser(run), run).transformer
+        params = train.add_lora(transformer, run.rank, 0)
+        sides[work] = transformer, params, train.make_optimizer(params, run), []
     for step in tqdm(range(rounds), desc="interleaved steps"):
-        for work, (transformer, params, optimizer) in zip((ours, bare), sides):
+        for work, (transformer, params, optimizer, took) in sides.items():
             gc.collect()
             idle, start = torch.cuda.memory_allocated(), time.perf_counter()  # 0 without a GPU
             with peak_memory() as peak:
                 work(transformer, params, step)
                 optimizer.step()
                 optimizer.zero_grad()
-            if run.device == "cuda":
-                torch.cuda.synchronize()
+            getattr(torch, run.device).synchronize()
             memory = torch.cuda.max_memory_allocated() - idle or peak[1] - peak[0]
-            took[work.__name__].append((1e3 * (time.perf_counter() - start), memory / 2**20))
-    mine, other = (torch.tensor(rows).median(0).values.tolist() for rows in took.values())
+            took.append((1e3 * (time.perf_counter() - start), memory / 2**20))
+    mine, other = (torch.tensor(rows).median(0).values.tolist() for *_, rows in sides.values())
     for what, a, b, unit in zip(("time", "memory above idle"), mine, other, ("ms", "MiB")):
         print(f"{what}: train.py {a:.0f}, bare loop {b:.0f} {unit}, ratio {a / b:.3f}")
 
