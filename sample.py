@@ -79,8 +79,7 @@ def drawing_flags(flag):
     """flag: the add_argument of a parser or of a group, here and below."""
     flag("--quantize", choices=list(WEIGHT_BYTES), default="none",
          help="the frozen weights: int8 by torchao, nf4 by bitsandbytes (default none)")
-    flag("--offload", action="store_true",
-         help="they wait in main memory, a layer at a time is on the device: slow")
+    flag("--offload", action="store_true", help="they wait in main memory but for a layer at a time: slow")
     flag("--size", type=number(int), help="pixels a side (default: the VAE's sample_size)")
     flag("--sample-steps", type=number(int), default=28, help="denoising steps, unstated (default 28)")
     flag("--sample-guidance", type=number(strict=False), default=3.5, help="unstated (default 3.5)")
@@ -469,8 +468,7 @@ def check_settings(path, settings, what, instead="use another --out"):
         settings = json.loads(json.dumps(settings, default=str))  # as the file has them
         for key in sorted(settings.keys() | made.keys()):
             if made.get(key) != settings.get(key):
-                was, now = (textwrap.shorten(str(row.get(key)), 120, placeholder=" ...")
-                            for row in (made, settings))
+                was, now = (textwrap.shorten(str(row.get(key)), 120) for row in (made, settings))
                 die(f"{what}: was made with {key} = {was}, not {now}: {instead}")
 
 def keep_settings(path, settings, **more):
