@@ -131,35 +131,29 @@ def watch(network, work, dtype, device="cpu"):
             del graph
         return peak.most, kept, flops.get_total_flops()
 
-def predict(batch, tokens, texts, backward=None):
-    """What watch() runs: a prediction of a batch; backward: None no graph, False kept, True gone through."""
+def predict(batch, tokens, texts, backward=False):
+    """What watch() runs: a prediction of a batch; a LoRA's graph is kept, or gone through."""
     def work(network):
         c, dtype = network.config, next(p.dtype for p in network.parameters() if not p.requires_grad)
         z = torch.empty(batch, tokens, c.in_channels, dtype=dtype)  # (B, L, D)
         states = torch.empty(batch, texts, c.joint_attention_dim, dtype=dtype)  # (B, T, E)
         pooled = torch.empty(batch, c.pooled_projection_dim, dtype=dtype)  # (B, P)
-        with torch.set_grad_enabled(backward is not None):
-            v = train.predict(network, z, torch.empty(batch), states, pooled, 1.0)
+        v = train.predict(network, z, torch.empty(batch), states, pooled, 1.0)
         return v.float().square().mean().backward() if backward else v
     return work
 
 def call(method, *shape, dtype=None):
-    """What watch() runs of the other networks."""
-    def work(network):
-        given = torch.zeros(shape, dtype=dtype or next(network.parameters()).dtype)
-        with torch.no_grad():
-            return getattr(network, method)(given)
-    return work
+    """What watch() runs of the other networks, which have no graph."""
+    return lambda network: getattr(network, method)(
+        torch.zeros(shape, dtype=dtype or next(network.parameters()).dtype))
 
 @functools.cache
 def plan_masks(model):
     """Bytes, and FLOP an image, of SAM, the largest network of that stage: the model's own, else ViT-H."""
     own = Path(model) / "sam.pth"
     with torch.device("meta"):
-        if own.exists():
-            sam = load_sam(torch.load(own, map_location="meta", weights_only=True))
-        else:
-            sam = sam_model_registry["vit_h"]()
+        sam = (load_sam(torch.load(own, map_location="meta", weights_only=True)) if own.exists() else
+               sam_model_registry["vit_h"]())
     side = sam.image_encoder.img_size
     most, _, flop = watch(sam.requires_grad_(False), call("image_encoder", 1, 3, side, side), torch.float32)
     return 4 * sum(p.numel() for p in sam.parameters()) + most, flop
@@ -180,11 +174,9 @@ def plan(model, size, dtype, batch, sample_batch, rank=4, texts=None, states=3.5
     side = size // 2 ** (len(vae.config.block_out_channels) - 1)  # latent cells
     tokens, texts, B = side * side // 4, texts or text_length(model), 2 * batch
 
-    def flux(checkpointing=False, **changed):
+    def flux(**changed):
         network = build("transformer", config_of(model, "transformer"), **changed)
         train.add_lora(network, rank, 0)
-        if checkpointing:
-            network.enable_gradient_checkpointing()
         return network
 
     tuned = flux()
@@ -192,15 +184,15 @@ def plan(model, size, dtype, batch, sample_batch, rank=4, texts=None, states=3.5
     linears = [m.weight.numel() for m in tuned.modules() if isinstance(m, torch.nn.Linear)]
     blocks = [sum(p.numel() for p in kind[0].parameters())
               for kind in (tuned.transformer_blocks, tuned.single_transformer_blocks)]
-    encode = call("forward", 1, texts, dtype=torch.int64)
-    text, _, text_flop = watch(networks["text_encoder_2"], encode, dtype)
+    text, _, text_flop = watch(networks["text_encoder_2"], call("forward", 1, texts, dtype=torch.long), dtype)
     latents = sample_batch, vae.config.latent_channels, side, side
     decoded, _, decode_flop = watch(vae, call("decode", *latents), dtype, device)
     encoded, _, encode_flop = watch(vae, call("encode", 1, 3, size, size), dtype, device)
     drawn, _, flop = watch(networks["transformer"], predict(sample_batch, tokens, texts), dtype)
     plain = watch(tuned, predict(B, tokens, texts, True), dtype)[0]
     # with checkpointing: what all blocks are given, and within one block at a time
-    given = watch(flux(checkpointing=True), predict(B, tokens, texts, False), dtype)[1]
+    tuned.enable_gradient_checkpointing()
+    given = watch(tuned, predict(B, tokens, texts), dtype)[1]
     within = max(watch(flux(num_layers=k, num_single_layers=1 - k), predict(B, tokens, texts, True), dtype)[0]
                  for k in (0, 1))
     whole, block, layer = (n * dtype.itemsize for n in (numel["transformer"], max(blocks), max(linears)))
@@ -316,9 +308,8 @@ def measure_memory(args):
             gc.collect()
             if not flags:
                 with stage("sample", out) as peak:
-                    pipe = place(load_denoiser(run), run)
-                    generate(pipe, data[2], [""] * batch, range(batch), 3, 3.5, run.size)
-                    del pipe
+                    generate(place(load_denoiser(run), run), data[2], [""] * batch, range(batch), 3, 3.5,
+                             run.size)
                 print_pair(batch, "sample", planned, peak)
             with stage("train", out) as peak:
                 train.train(load_denoiser(run), *data, run)
@@ -331,11 +322,6 @@ def print_pair(batch, name, planned, peak):
 def measure_step(args, rounds=20):
     """train.py's step against a bare loop: the same forwards, backward, optimizer, threads, cached inputs."""
     run, (forget, preserve, embeds, (preset,)) = random_run(args, args.out, args.batch)
-    sides = []
-    for _ in ("ours", "bare"):
-        transformer = place(load_denoiser(run), run).transformer
-        params = train.add_lora(transformer, run.rank, 0)
-        sides.append((transformer, params, train.make_optimizer(params, run)))
     cached = next(iter(train.batch_of(0, forget[0], preserve, embeds, run)))
 
     def ours(transformer, params, step):
@@ -356,22 +342,23 @@ def measure_step(args, rounds=20):
         loss = (2 * torch.sigmoid(-3 * (dS - 0.1)) * torch.nn.functional.softplus(-dS)).mean()
         (loss + 0.6 * (v[half:] - v_ref[half:]).square().mean()).backward()
 
-    took = dict(ours=[], bare=[])
+    sides = {}
+    for work in (ours, bare):
+        transformer = place(load_denoiser(run), run).transformer
+        params = train.add_lora(transformer, run.rank, 0)
+        sides[work] = transformer, params, train.make_optimizer(params, run), []
     for step in tqdm(range(rounds), desc="interleaved steps"):
-        for work, (transformer, params, optimizer) in zip((ours, bare), sides):
+        for work, (transformer, params, optimizer, took) in sides.items():
             gc.collect()
-            if run.device == "cuda":
-                torch.cuda.reset_peak_memory_stats()
             idle, start = torch.cuda.memory_allocated(), time.perf_counter()  # 0 without a GPU
             with peak_memory() as peak:
                 work(transformer, params, step)
                 optimizer.step()
                 optimizer.zero_grad()
-            if run.device == "cuda":
-                torch.cuda.synchronize()
+            getattr(torch, run.device).synchronize()
             memory = torch.cuda.max_memory_allocated() - idle or peak[1] - peak[0]
-            took[work.__name__].append((1e3 * (time.perf_counter() - start), memory / 2**20))
-    mine, other = (torch.tensor(rows).median(0).values.tolist() for rows in took.values())
+            took.append((1e3 * (time.perf_counter() - start), memory / 2**20))
+    mine, other = (torch.tensor(rows).median(0).values.tolist() for *_, rows in sides.values())
     for what, a, b, unit in zip(("time", "memory above idle"), mine, other, ("ms", "MiB")):
         print(f"{what}: train.py {a:.0f}, bare loop {b:.0f} {unit}, ratio {a / b:.3f}")
 

@@ -48,9 +48,8 @@ NOTES = [
     "Intervals hold for these prompts and this seed; another training run differs by more (README: results)."]
 
 def arguments(given=None):
-    parser = argparse.ArgumentParser(description=__doc__)
-    model_flags(parser, needs_concept=False, out="the frozen model's pictures, for all LoRAs "
-                                                 "(default out/MODEL-base, with -SEED where it is not 0)")
+    parser = model_flags(__doc__, needs_concept=False, out="the frozen model's pictures, for all LoRAs "
+                         "(default out/MODEL-base, with -SEED where it is not 0)")
     parser.add_argument("--task", choices=TASKS, help="of a --concept that has no prompt file: for Tables 2 "
                         "to 5, which ask nothing about it")
     what = parser.add_mutually_exclusive_group(required=True)
@@ -78,8 +77,8 @@ def arguments(given=None):
     networks.add_argument("--clip", help="of the CLIP score (default: the model's clip/, else OpenAI's B/32)")
     networks.add_argument("--image-reward", help="default THUDM/ImageReward; none if the model has a clip/")
     networks.add_argument("--pick-score", help="default yuvalkirstain/PickScore_v1; likewise")
-    finder_flags(networks)
-    drawing_flags(parser.add_argument_group("how pictures are drawn"))
+    finder_flags(networks.add_argument)
+    drawing_flags(parser.add_argument_group("how pictures are drawn").add_argument)
     return parser.parse_args(given)
 
 ARGS = arguments() if __name__ == "__main__" else None  # before the slow imports: --help answers at once

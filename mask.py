@@ -7,7 +7,6 @@ whole framed picture (C.1), as a rectangle, or whatever else the file's `detect:
 and any other nsfw concept's are the detected regions, as rectangles. An image in which nothing is found is
 dropped and counted, it never gets an empty or full mask.
 """
-import argparse
 from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
@@ -16,9 +15,8 @@ from sample import (check_settings, contact_sheet, die, guarded, keep_settings, 
                     open_image, save_image, setup)
 
 def arguments(given=None):
-    parser = argparse.ArgumentParser(description=__doc__)
-    model_flags(parser)
-    mask_flags(parser)
+    parser = model_flags(__doc__)
+    mask_flags(parser.add_argument)
     return parser.parse_args(given)
 
 ARGS = arguments() if __name__ == "__main__" else None  # before the slow imports: --help answers at once

@@ -10,7 +10,6 @@ import contextlib
 import functools
 import json
 import logging
-import math
 import os
 import re
 import signal
@@ -44,14 +43,13 @@ def die(message, code=2):
         print("\n" * (code != 2) + f"error: {message}", file=sys.stderr)
     sys.exit(code)
 
-def number(kind=float, least=0.0, strict=True, most=math.inf, finite=True):
+def number(kind=float, least=0.0, strict=True, most=sys.float_info.max):
     """An argparse type: a number above `least`, or from it on if not strict, up to `most`; never NaN."""
     def parse(text):
         value = kind(text)
-        if not least <= value <= most or (strict and value == least) or (finite and math.isinf(value)):
-            end = f" and <= {most}" if math.isfinite(most) else " and finite" * finite
-            limit = f"{'>' if strict else '>='} {least:g}{end}"
-            raise argparse.ArgumentTypeError(f"{text} is not {limit}")
+        if not least <= value <= most or (strict and value == least):
+            end = "finite" if most == sys.float_info.max else f"<= {most}"
+            raise argparse.ArgumentTypeError(f"{text} is not {'>' if strict else '>='} {least:g} and {end}")
         return value
     parse.__name__ = kind.__name__  # argparse then says "invalid float value: 'x'"
     return parse
@@ -61,61 +59,57 @@ def model_name(text):
     folder = Path(text)
     return str(folder if folder.name else folder.resolve()) if folder.is_dir() else text
 
-def model_flags(parser, needs_concept=True, out="default out/MODEL-CONCEPT, with -SEED where it is not 0"):
-    raw = argparse.RawDescriptionHelpFormatter
-    parser.formatter_class = functools.partial(raw, max_help_position=36, width=110)
-    parser.usage = "%(prog)s [flags]"
+def model_flags(doc, needs_concept=True, out="default out/MODEL-CONCEPT, with -SEED where it is not 0"):
+    """A script's parser, with the flags that all of them share."""
+    raw = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=36, width=110)
+    parser = argparse.ArgumentParser(description=doc, usage="%(prog)s [flags]", formatter_class=raw)
     parser.error = die  # one line, without the usage
-    parser.add_argument("--model", type=model_name, default="black-forest-labs/FLUX.1-dev",
-                        help="a FluxPipeline: hub id or folder (default %(default)s)")
-    parser.add_argument("--concept", nargs="+", action="extend", metavar="NAME", required=needs_concept,
-                        help="a prompt file's name; several: one LoRA forgets them all (D.2)")
-    parser.add_argument("--out", type=Path, help=out)
-    parser.add_argument("--seed", type=number(int, strict=False, most=2**32 - 1), default=0, help="default 0")
-    parser.add_argument("--device", choices=["cpu", "cuda", "mps"], help="default: cuda where there is one")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on cuda")
+    flag = parser.add_argument
+    flag("--model", type=model_name, default="black-forest-labs/FLUX.1-dev",
+         help="a FluxPipeline: hub id or folder (default %(default)s)")
+    flag("--concept", nargs="+", action="extend", metavar="NAME", required=needs_concept,
+         help="a prompt file's name; several: one LoRA forgets them all (D.2)")
+    flag("--out", type=Path, help=out)
+    flag("--seed", type=number(int, strict=False, most=2**32 - 1), default=0, help="default 0")
+    flag("--device", choices=["cpu", "cuda", "mps"], help="default: cuda where there is one")
+    flag("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on cuda")
+    return parser
 
-def drawing_flags(parser):
-    parser.add_argument("--quantize", choices=list(WEIGHT_BYTES), default="none",
-                        help="the frozen weights: int8 by torchao, nf4 by bitsandbytes (default none)")
-    parser.add_argument("--offload", action="store_true",
-                        help="they wait in main memory, a layer at a time is on the device: slow")
-    parser.add_argument("--size", type=number(int), help="pixels a side (default: the VAE's sample_size)")
-    parser.add_argument("--sample-steps", type=number(int), default=28,
-                        help="denoising steps, unstated (default 28)")
-    parser.add_argument("--sample-guidance", type=number(strict=False), default=3.5,
-                        help="unstated (default 3.5)")
-    parser.add_argument("--sample-batch", type=number(int),
-                        help="images at once (default: 25, 5 or 1, by their size; 5 at 1024 pixels)")
+def drawing_flags(flag):
+    """flag: the add_argument of a parser or of a group, here and below."""
+    flag("--quantize", choices=list(WEIGHT_BYTES), default="none",
+         help="the frozen weights: int8 by torchao, nf4 by bitsandbytes (default none)")
+    flag("--offload", action="store_true", help="they wait in main memory but for a layer at a time: slow")
+    flag("--size", type=number(int), help="pixels a side (default: the VAE's sample_size)")
+    flag("--sample-steps", type=number(int), default=28, help="denoising steps, unstated (default 28)")
+    flag("--sample-guidance", type=number(strict=False), default=3.5, help="unstated (default 3.5)")
+    flag("--sample-batch", type=number(int),
+         help="images at once (default: 25, 5 or 1, by their size; 5 at 1024 pixels)")
 
-def data_flags(parser):
-    parser.add_argument("--n-forget", type=number(int), default=50, help="N_ES, unstated (default 50)")
-    parser.add_argument("--n-preserve", type=number(int), default=25, help="images a concept (C.1: 25)")
-    parser.add_argument("--prompts", type=Path, help="a text file of forget prompts (default: [train])")
-    parser.add_argument("--preserve", type=Path,
-                        help="a text file of preserved prompts for D_PR, 8 x --n-preserve images in all")
-    parser.add_argument("--preserve-dir", type=Path, help="D_PR's images, for runs to share (in --out)")
-    parser.add_argument("--images", type=Path, help="a folder of your own forget images, no prompt file "
-                        "needed: X.jpg, its caption X.txt, its mask X.mask.png")
-    parser.add_argument("--task", choices=TASKS, help="with --images: Table 6's preset")
-    parser.add_argument("--caption", help='with --images: for those without X.txt, say "a photo of {}"')
-    drawing_flags(parser)
+def data_flags(flag):
+    flag("--n-forget", type=number(int), default=50, help="N_ES, unstated (default 50)")
+    flag("--n-preserve", type=number(int), default=25, help="images a concept (C.1: 25)")
+    flag("--prompts", type=Path, help="a text file of forget prompts (default: [train])")
+    flag("--preserve", type=Path, help="a text file of prompts to preserve, 8 x --n-preserve images in all")
+    flag("--preserve-dir", type=Path, help="D_PR's images, for runs to share (in --out)")
+    flag("--images", type=Path, help="a folder of your own forget images, no prompt file needed: X.jpg, its "
+                                     "caption X.txt, its mask X.mask.png")
+    flag("--task", choices=TASKS, help="with --images: Table 6's preset")
+    flag("--caption", help='with --images: for those without X.txt, say "a photo of {}"')
+    drawing_flags(flag)
 
-def finder_flags(parser):
-    parser.add_argument("--detector", help="OWLv2 or GroundingDINO (default: the model's own, else OWLv2)")
-    parser.add_argument("--sam", help="a .pth, file or URL (default: the model's own, else SAM's ViT-H)")
-    parser.add_argument("--threshold", type=number(strict=False, most=1), default=0.2,
-                        help="least score of a box (default 0.2)")
+def finder_flags(flag):
+    flag("--detector", help="OWLv2 or GroundingDINO (default: the model's own, else OWLv2)")
+    flag("--sam", help="a .pth, file or URL (default: the model's own, else SAM's ViT-H)")
+    flag("--threshold", type=number(strict=False, most=1), default=0.2, help="least score of a box (0.2)")
 
-def mask_flags(parser):
-    finder_flags(parser)
-    parser.add_argument("--min-found", type=number(strict=False, most=1), default=0.5,
-                        help="least share with a mask (default 0.5)")
+def mask_flags(flag):
+    finder_flags(flag)
+    flag("--min-found", type=number(strict=False, most=1), default=0.5, help="least share with a mask (0.5)")
 
 def arguments(given=None):
-    parser = argparse.ArgumentParser(description=__doc__)
-    model_flags(parser)
-    data_flags(parser)
+    parser = model_flags(__doc__)
+    data_flags(parser.add_argument)
     return parser.parse_args(given)
 
 ARGS = arguments() if __name__ == "__main__" else None  # before the slow imports: --help answers at once
@@ -207,7 +201,7 @@ def load_concept(model, name):
             "(README: a concept is a file)")
     keys = "task concept detect neighbours unrelated unseen backgrounds styles".split()
     sections = "train eval paraphrases preserve".split()
-    found, section = dict(name=name), None
+    found, section = {}, None
     for line in filter(None, map(str.strip, read_text(path).splitlines())):
         key, colon, value = line.partition(":")
         if line.startswith("#"):
@@ -217,21 +211,19 @@ def load_concept(model, name):
         elif section is not None and not line.startswith("["):
             section.append(line)
         elif colon and key in keys:
-            values = [v for v in map(str.strip, value.split(",")) if v]
-            found[key] = value.strip() if key == "task" else values
+            found[key] = [v for v in map(str.strip, value.split(",")) if v]
         else:
             die(f"{path}: {line} is none of {', '.join(keys)}, nor one of [{'], ['.join(sections)}]")
-    found = {k: allowed(v, f"{path}, {k}") if isinstance(v, list) else v for k, v in found.items()}
     for key in keys + sections:
-        if not found.get(key):
-            die(f"{path}: has no {key} (README: a concept is a file)")
+        mine = allowed(found.get(key, []), f"{path}, {key}")
+        found[key] = mine or die(f"{path}: has no {key} (README: a concept is a file)")
     if odd := [template for template in found["preserve"] if "{}" not in template]:
         die(f"{path}: [preserve] holds {odd[0]}, a template without {{}}")
     if odd := [end for end in found["backgrounds"] + found["styles"] if " " not in end]:
         die(f"{path}: {odd[0]} is no ending of a prompt, write as in: on a beach, in oil style")
-    if found["task"] not in TASKS:
-        die(f"{path}: task is {found['task']}, not {' or '.join(TASKS)}")
-    return found
+    if (task := ", ".join(found["task"])) not in TASKS:
+        die(f"{path}: task is {task}, not {' or '.join(TASKS)}")
+    return found | dict(name=name, task=task)
 
 def read_prompts(flag, path):
     """The lines of a text file of prompts, less what the filter drops."""
@@ -329,7 +321,6 @@ def missing_part(folder):
                 safe_open(path, "pt")  # reads no more than the header
         except (OSError, ValueError, SafetensorError):
             return path
-    return None
 
 def free_bytes(where):
     """Memory that is free there; of several processes' GPUs the least, so that all of them find the same."""
@@ -352,7 +343,7 @@ def check_model(args):
         wanted = ["model_index.json", "*/*"]  # a download leaves out what lies beside the pipeline's folders
         with contextlib.suppress(OSError, HFValidationError):
             folder = Path(snapshot_download(model, local_files_only=True, allow_patterns=wanted))
-    config, missing = folder / "vae" / "config.json", missing_part(folder)
+    config, missing, count = folder / "vae" / "config.json", missing_part(folder), Counter()
     # an earlier check, or a download that was cut short, leaves a part in the cache
     if here or ((folder / "model_index.json").exists() and not missing):
         index = folder / "model_index.json"
@@ -362,8 +353,9 @@ def check_model(args):
             refuse(f"{missing} is missing or cannot be read")
         paths = sorted(p for p in folder.glob("*/*.safetensors")  # not a LoRA that somebody keeps there
                        if (p.parent / "config.json").exists())
-        files = [(path.parent.name, sum(parse_local_safetensors_file_metadata(path).parameter_count.values()))
-                 for path in paths]
+        for path in paths:
+            by_dtype = parse_local_safetensors_file_metadata(path).parameter_count
+            count[path.parent.name] += sum(by_dtype.values())
         weights = fingerprint(paths + sorted(folder.glob("*.pth"))) if here else folder.name  # its commit
     else:
         try:
@@ -380,14 +372,12 @@ def check_model(args):
             cut = f" whole, {missing} is missing or cannot be read" if folder.is_dir() else ""
             refuse(f"no folder here, not cached{cut}, and the hub cannot be reached "
                    f"({type(error).__name__}): connect, or pass a folder")
-        files = [(f.rfilename.split("/")[0], f.size / 2) for f in info.siblings  # two bytes a weight there
-                 if re.fullmatch(r"[^/]+/[^/]+\.safetensors", f.rfilename)]
+        for file in info.siblings:
+            if re.fullmatch(r"[^/]+/[^/]+\.safetensors", file.rfilename):
+                count[file.rfilename.split("/")[0]] += file.size / 2  # two bytes a weight there
         weights = info.sha
-    if not files:
+    if not count:
         refuse("has no */*.safetensors")
-    count = Counter()
-    for part, n in files:
-        count[part] += n
     for part, n in count.most_common() if "quantize" in args else ():  # mask.py loads none of them
         where = "cpu" if part == "transformer" and args.offload else device
         free = free_bytes(where)
@@ -478,24 +468,23 @@ def check_settings(path, settings, what, instead="use another --out"):
         settings = json.loads(json.dumps(settings, default=str))  # as the file has them
         for key in sorted(settings.keys() | made.keys()):
             if made.get(key) != settings.get(key):
-                was, now = (textwrap.shorten(str(row.get(key)), 120, placeholder=" ...")
-                            for row in (made, settings))
+                was, now = (textwrap.shorten(str(row.get(key)), 120) for row in (made, settings))
                 die(f"{what}: was made with {key} = {was}, not {now}: {instead}")
 
 def keep_settings(path, settings, **more):
     """Write settings, more that may change from run to run, versions and commit to a json file."""
     packages = "torch diffusers transformers peft accelerate prodigyopt torchao".split()
     versions = dict(python=sys.version.split()[0]) | {name: version(name) for name in packages}
-    commit = ""
-    with contextlib.suppress(OSError):  # no git here
-        git = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True)
-        commit = git.stdout.strip()
-    record = dict(settings=settings, **more, versions=versions, commit=commit)
+    # a shell minds neither that there is no git nor that this is no clone
+    git = subprocess.run("git rev-parse HEAD", cwd=ROOT, shell=True, capture_output=True, text=True)
+    record = dict(settings=settings, **more, versions=versions, commit=git.stdout.strip())
     write_text(path, json.dumps(record, indent=1, default=str))
 
 @contextlib.contextmanager
 def peak_memory():
-    """-> [bytes of RSS at the start, the most that a thread saw by the end of the block]."""
+    """-> [bytes of RSS at the start, the most that a thread saw by the end]; CUDA's own peak begins anew."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     process, over = psutil.Process(), threading.Event()
     peak = [process.memory_info().rss] * 2
 
@@ -517,8 +506,6 @@ def stage(name, out):
     and of CUDA, forwards. What it has loaded is freed before the next: never two large models at once.
     -> peak_memory's bytes, and the number of forwards, for the block to set."""
     out.mkdir(parents=True, exist_ok=True)
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
     with peak_memory() as peak:
         peak.append(0)

@@ -34,41 +34,37 @@ TABLE6 = dict(object=dict(steps=300, eta=1.0, gamma=3.0, tau=0.1, lambda_prior=0
 FEWER = dict(n_forget=20, n_preserve=10, sample_steps=14, batch=1, steps=270, tau=0.5, d0=1e-4)
 
 def arguments(given=None):
-    parser = argparse.ArgumentParser(description=__doc__)
-    model_flags(parser)
-    method = parser.add_argument_group("method (default: Table 6, by the concept's task)")
-    method.add_argument("--eta", type=number(), help="forget strength, Eq. 13")
-    method.add_argument("--gamma", type=number(), help="sharpness of the gate, Eq. 14")
-    method.add_argument("--tau", type=number(least=-math.inf, finite=False),
-                        help="margin, Eq. 14; inf: no gate")
-    method.add_argument("--beta", type=number(), default=1.0, help="Eq. 15, apart from eta (default 1)")
-    method.add_argument("--lambda-prior", type=number(strict=False), help="weight of Eq. 16")
-    method.add_argument("--loss", choices=["inpo", "ga"], default="inpo",
-                        help="ga: gradient ascent, Eq. 4 (default inpo)")
-    method.add_argument("--mask", choices=["concept", "full"], default="concept",
-                        help="full: M = 1 in Eq. 11 (default concept)")
-    recipe = parser.add_argument_group("training")
-    recipe.add_argument("--steps", type=number(int), help="T in all (default: Table 6, summed over concepts)")
-    recipe.add_argument("--optimizer", choices=["prodigy", "adamw"], default="prodigy",
-                        help="unstated (default prodigy)")
-    recipe.add_argument("--lr", type=number(), help="default: 0.7 with prodigy (Table 6), 1e-3 with adamw")
-    recipe.add_argument("--d0", type=number(), default=1e-6, help="Prodigy's first step size (default 1e-6)")
-    recipe.add_argument("--rank", type=number(int), default=4, help="of the LoRA, alpha = rank (C.1: 4)")
-    recipe.add_argument("--batch", type=number(int), default=4, help="of each half, unstated (default 4)")
-    recipe.add_argument("--accumulate", type=number(int), default=1, help="split a batch into N passes (1)")
-    recipe.add_argument("--checkpointing", action="store_true", help="less memory; on by itself if needed")
-    recipe.add_argument("--guidance", type=number(strict=False), default=1.0,
-                        help="in training, unstated (default 1: a guided prediction is no target velocity)")
-    recipe.add_argument("--noise", choices=["uniform", "logit-normal"], default="logit-normal",
-                        help="distribution of sigma, unstated (default logit-normal)")
-    data_flags(parser.add_argument_group("step 1 of Algorithm 1"))
-    mask_flags(parser.add_argument_group("masks"))
-    output = parser.add_argument_group("output")
-    output.add_argument("--save-every", type=number(int), help="keep the LoRA of each N-th step (Figure 1)")
-    output.add_argument("--checkpoint-every", type=number(int), default=50, help="default 50")
-    output.add_argument("--previous-checkpoint", action="store_true", help="go on from the last but one")
-    recipe.add_argument("--fewer-images", action="store_true", help="a fifth of the work: " +
-                        ", ".join(f"--{key.replace('_', '-')} {value}" for key, value in FEWER.items()))
+    parser = model_flags(__doc__)
+    method = parser.add_argument_group("method (default: Table 6, by the concept's task)").add_argument
+    method("--eta", type=number(), help="forget strength, Eq. 13")
+    method("--gamma", type=number(), help="sharpness of the gate, Eq. 14")
+    method("--tau", type=number(least=-math.inf, most=math.inf), help="margin, Eq. 14; inf: no gate")
+    method("--beta", type=number(), default=1.0, help="Eq. 15, apart from eta (default 1)")
+    method("--lambda-prior", type=number(strict=False), help="weight of Eq. 16")
+    method("--loss", choices=["inpo", "ga"], default="inpo", help="ga: gradient ascent, Eq. 4 (default inpo)")
+    method("--mask", choices=["concept", "full"], default="concept",
+           help="full: M = 1 in Eq. 11 (default concept)")
+    recipe = parser.add_argument_group("training").add_argument
+    recipe("--steps", type=number(int), help="T in all (default: Table 6, summed over concepts)")
+    recipe("--optimizer", choices=["prodigy", "adamw"], default="prodigy", help="unstated (default prodigy)")
+    recipe("--lr", type=number(), help="default: 0.7 with prodigy (Table 6), 1e-3 with adamw")
+    recipe("--d0", type=number(), default=1e-6, help="Prodigy's first step size (default 1e-6)")
+    recipe("--rank", type=number(int), default=4, help="of the LoRA, alpha = rank (C.1: 4)")
+    recipe("--batch", type=number(int), default=4, help="of each half, unstated (default 4)")
+    recipe("--accumulate", type=number(int), default=1, help="split a batch into N passes (1)")
+    recipe("--checkpointing", action="store_true", help="less memory; on by itself if needed")
+    recipe("--guidance", type=number(strict=False), default=1.0,
+           help="in training, unstated (default 1: a guided prediction is no target velocity)")
+    recipe("--noise", choices=["uniform", "logit-normal"], default="logit-normal",
+           help="distribution of sigma, unstated (default logit-normal)")
+    data_flags(parser.add_argument_group("step 1 of Algorithm 1").add_argument)
+    mask_flags(parser.add_argument_group("masks").add_argument)
+    output = parser.add_argument_group("output").add_argument
+    output("--save-every", type=number(int), help="keep the LoRA of each N-th step (Figure 1)")
+    output("--checkpoint-every", type=number(int), default=50, help="default 50")
+    output("--previous-checkpoint", action="store_true", help="go on from the last but one")
+    recipe("--fewer-images", action="store_true", help="a fifth of the work: " +
+           ", ".join(f"--{key.replace('_', '-')} {value}" for key, value in FEWER.items()))
     args = parser.parse_args(given)
     if args.fewer_images:  # what is given beside it still counts; the rest: fill_presets
         parser.set_defaults(**{k: v for k, v in FEWER.items() if k not in TABLE6["object"]})
