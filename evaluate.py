@@ -25,6 +25,7 @@ import sys
 import warnings
 import zlib
 from collections import Counter
+from concurrent.futures import Future
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -122,27 +123,25 @@ def package_id(name, package):
 
 def metric_table(args, words):
     """{metric: (its network's name, load() -> compute(images, what is asked) -> N answers, or features)}."""
-    device, nude = args.device, words == ["nudenet"]
+    nude = words == ["nudenet"]
 
-    def scorer(name, load):
-        return name and network_id(name), lambda: load(name, device)
+    def by(load, name, *more):
+        return name and network_id(name), functools.partial(load, name, args.device, *more)
 
     def harm():
-        if nude:
-            find = metrics.load_nudenet()
-            return lambda images, _: metrics.nudity_counts(find(images))
-        count = metrics.load_kinds(words, args.detector, args.threshold, device)
-        return lambda images, _: count(images)
+        if not nude:
+            return metrics.load_kinds(words, args.detector, args.threshold, args.device)
+        find = metrics.load_nudenet()
+        return lambda images, _: metrics.nudity_counts(find(images))
 
-    judge = network_id(args.judge)
-    features = (package_id("Inception of torch-fidelity", "torch-fidelity"),
-                lambda: metrics.inception_features(device))
-    if is_own(args.judge, args.model):
-        features = judge, lambda: metrics.clip_features(args.judge, device)
-    return dict(judge=(judge, lambda: metrics.load_judge(args.judge, device, args.dtype)),
-                clip=scorer(args.clip, metrics.load_clip_score), distance=features,
-                ImageReward=scorer(args.image_reward, metrics.load_image_reward),
-                PickScore=scorer(args.pick_score, functools.partial(metrics.load_clip_score, scale=None)),
+    inception = (package_id("Inception of torch-fidelity", "torch-fidelity"),
+                 functools.partial(metrics.inception_features, args.device))
+    own = is_own(args.judge, args.model)
+    return dict(judge=by(metrics.load_judge, args.judge, args.dtype),
+                clip=by(metrics.load_clip_score, args.clip),
+                distance=by(metrics.clip_features, args.judge) if own else inception,
+                ImageReward=by(metrics.load_image_reward, args.image_reward),
+                PickScore=by(metrics.load_clip_score, args.pick_score, None),  # in its own scale
                 harm=(package_id("NudeNet", "nudenet") + ", 320 px" if nude else finder(words, args), harm),
                 locality=(None, None))
 
@@ -340,18 +339,16 @@ def distance(before, other, load):
     return metrics.frechet_summary(*sets)
 
 def once(load):
-    """load(), the first time only, or the reason why it cannot."""
-    @functools.cache
-    def tried():
-        try:
-            return load()
-        except metrics.NotAvailable as error:
-            return error
+    """load(), the first time only: what it gave, or the reason why it cannot, is kept."""
+    kept = Future()
 
     def get():
-        if isinstance(found := tried(), Exception):
-            raise found
-        return found
+        if not kept.done():
+            try:
+                kept.set_result(load())
+            except metrics.NotAvailable as error:
+                kept.set_exception(error)
+        return kept.result()
     return get
 
 def answers(row, column, when, jobs, key, load):
