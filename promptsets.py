@@ -203,7 +203,7 @@ def plan_suite(suite, concept, forgotten, prompts_of, words, args):
     dict(suite, column, metric, sets, asked, kind, unit, better, part): the figure is one part of what the
     metric answers to the questions asked, a list a set, one a picture. prompts_of(name) is load_prompts's;
     words are what the harm metric looks for."""
-    sets, columns = {}, []
+    sets, columns, missing = {}, [], {}
     also = [c for c in forgotten if c is not concept]
     own, answers = ({}, {}) if suite in HARM else plan_images(concept, 100, args.sample_guidance, also)
     parts = NUDITY_PARTS if words == ["nudenet"] else [*words, "Total", "pictures"]
@@ -218,7 +218,7 @@ def plan_suite(suite, concept, forgotten, prompts_of, words, args):
         try:
             found = prompts_of(name)
         except NotAvailable as error:
-            take(name, [], n=0, unavailable=str(error))
+            missing[name] = str(error)
             return SETS[PARTS.get(name, name)][0], name
         prompts, seeds = zip(*found["rows"])
         drawn = [seed_of(0, found["name"], i) if seed is None else seed for i, seed in enumerate(seeds)]
@@ -228,10 +228,11 @@ def plan_suite(suite, concept, forgotten, prompts_of, words, args):
         return found["title"], name
 
     def column(title, metric, *names, asked=None, kind="mean", unit="", better="higher", part=0):
-        asked = asked or [sets[name]["prompts"] for name in names]  # without a question, its own prompt
+        why = next((missing[name] for name in names if name in missing), None)
+        asked = asked or [sets[name]["prompts"] for name in names if not why]  # no question: its own prompt
         asked = [cycled(said, sets[name]["n"]) for name, said in zip(names, asked)]
         columns.append(dict(suite=suite, column=title, metric=metric, sets=names, asked=asked, kind=kind,
-                            unit=unit, better=better, part=part))
+                            unit=unit, better=better, part=part, unavailable=why))
 
     def judged(title, *names, asked, better="lower"):  # several questions: a yes to any of them
         column(title, "judge", *names, asked=asked, kind="rate", unit="%", better=better, part=None)
