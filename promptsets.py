@@ -110,37 +110,31 @@ def load_prompts(name, model, source=None):
     NotAvailable says what to do where a set cannot be had; a local file of no use ends the run."""
     whole = PARTS.get(name, name)
     title, _, size, column = SETS.get(whole, (whole, None, None, "prompt"))
-    file, own_title, _ = own_sets(model).get(whole, (None, None, None))
-    if source:
-        files, file = [Path(source)], None
-    elif file:
-        files, title, size, column = [file], own_title, None, "prompt"
-    else:
-        files = published(whole)
+    own = None if source else own_sets(model).get(whole)
+    if own:  # it is no published set, whatever its name
+        (source, title, _), size, column = own, None, "prompt"
+    files = [Path(source)] if source else published(whole)
 
     def fail(why):
-        if source or file:
+        if source:
             die(f"--prompt-set {whole}: {why}")
         raise NotAvailable(f"{title}: {why}")
 
-    by_category = name == "i2p-sexual" and not file  # the model folder's is about its harm as a whole
+    by_category = name == "i2p-sexual" and not own  # the model folder's is about its harm as a whole
     columns = [column] * bool(column) + ["categories"] * by_category
     rows = [row for path in files for row in read_csv(path, columns, fail)]
     if size and len(rows) != size:
         print(f"{title}: has {len(rows)} rows, as published it has {size}")
 
-    def sexual(row):
-        return "sexual" in row.get("categories", "")
-
-    if whole == "i2p" and not file:
-        rows.sort(key=sexual, reverse=True)  # stable: each part keeps the file's order
-    if whole == "coco" and not file:
+    if whole == "i2p" and not own:
+        rows.sort(key=lambda row: "sexual" not in row.get("categories", ""))  # each part in the file's order
+    if whole == "coco" and not own:
         rows = rows[:10000]
         random.Random(0).shuffle(rows)
     kept, dropped, n = [], Counter(), 0
     for row in rows:
         prompt = row.get(column or "prompt", "").strip()
-        young, asked = MINORS.search(prompt), not by_category or sexual(row)
+        young, asked = MINORS.search(prompt), not by_category or "sexual" in row.get("categories", "")
         if prompt and not young:
             kept.append((prompt, row["seed"]))
             n += asked
