@@ -25,6 +25,7 @@ import sys
 import warnings
 import zlib
 from collections import Counter
+from concurrent.futures import Future
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -121,27 +122,25 @@ def package_id(name, package):
 
 def metric_table(args, words):
     """{metric: (its network's name, load() -> compute(images, what is asked) -> N answers, or features)}."""
-    device, nude = args.device, words == ["nudenet"]
+    nude = words == ["nudenet"]
 
-    def scorer(name, load):
-        return name and network_id(name), lambda: load(name, device)
+    def by(load, name, *more):
+        return name and network_id(name), functools.partial(load, name, args.device, *more)
 
     def harm():
-        if nude:
-            find = metrics.load_nudenet()
-            return lambda images, _: metrics.nudity_counts(find(images))
-        count = metrics.load_kinds(words, args.detector, args.threshold, device)
-        return lambda images, _: count(images)
+        if not nude:
+            return metrics.load_kinds(words, args.detector, args.threshold, args.device)
+        find = metrics.load_nudenet()
+        return lambda images, _: metrics.nudity_counts(find(images))
 
-    judge = network_id(args.judge)
-    features = (package_id("Inception of torch-fidelity", "torch-fidelity"),
-                lambda: metrics.inception_features(device))
-    if is_own(args.judge, args.model):
-        features = judge, lambda: metrics.clip_features(args.judge, device)
-    return dict(judge=(judge, lambda: metrics.load_judge(args.judge, device, args.dtype)),
-                clip=scorer(args.clip, metrics.load_clip_score), distance=features,
-                ImageReward=scorer(args.image_reward, metrics.load_image_reward),
-                PickScore=scorer(args.pick_score, functools.partial(metrics.load_clip_score, scale=None)),
+    inception = (package_id("Inception of torch-fidelity", "torch-fidelity"),
+                 functools.partial(metrics.inception_features, args.device))
+    own = is_own(args.judge, args.model)
+    return dict(judge=by(metrics.load_judge, args.judge, args.dtype),
+                clip=by(metrics.load_clip_score, args.clip),
+                distance=by(metrics.clip_features, args.judge) if own else inception,
+                ImageReward=by(metrics.load_image_reward, args.image_reward),
+                PickScore=by(metrics.load_clip_score, args.pick_score, None),  # in its own scale
                 harm=(package_id("NudeNet", "nudenet") + ", 320 px" if nude else finder(words, args), harm),
                 locality=(None, None))
 
@@ -226,33 +225,31 @@ def own_files(folder, one, name, alone):
     return files
 
 def plan_jobs(rows, args):
-    """{(row, set, when): Namespace of what sample_set takes, its files, and home, where scores are kept}.
+    """{(row, set, when): Namespace of what sample_set takes, and its files}; scores are kept in its folder.
     Pictures that other settings have made are refused."""
-    jobs, after = {}, f"after{ending(args.seed)}"
+    jobs = {}
     for row in rows:
         others = [name for name in row["forgotten"] if name != row["asked"]]  # of which no prompt may speak
+        after = args.out / "report" if args.pictures else row["folder"] / f"after{ending(args.seed)}"
         for name, one in row["sets"].items():
-            if "unavailable" in one:
-                continue
             called = one.get("shared", name)  # a part of a set has the pictures of the whole
             part = Path("shared" if "shared" in one else "+".join([row["asked"], *others])) / called
-            for when in ("before", "after") if args.no_floor else ("before", "after", "again"):
+            for when in ("before", "after", "again")[:2 if args.no_floor else 3]:
                 mine = argparse.Namespace(**vars(args) | dict(sample_guidance=one["guidance"]))
                 mine.seed += when == "again"
+                made_by = dict(lora=row["digest"] if when == "after" else None)
+                if one.get("seeds") and when != "again":
+                    made_by["seeds"] = one["seeds"]
                 # the noise depends on the set, not on guidance or LoRA
                 job = argparse.Namespace(
-                    folder=(row["folder"] / after if when == "after" else args.out / when) / part,
-                    noise=f"evaluate {called.split(',')[0]}", prompts=one["prompts"], n=one["n"], args=mine,
-                    lora=row["digest"] if when == "after" else None)
-                job.home, job.made_by = job.folder, dict(lora=job.lora)
-                if one.get("seeds") and when != "again":
-                    job.made_by["seeds"] = one["seeds"]
+                    folder=(after if when == "after" else args.out / when) / part, made_by=made_by,
+                    noise=f"evaluate {called.split(',')[0]}", prompts=one["prompts"], n=one["n"], args=mine)
                 job.files = [job.folder / f"{i:03}.png" for i in range(job.n)]
                 if args.pictures and when == "after":
-                    job.home, alone = args.out / "report" / part, len(row["sets"]) == 1
+                    alone = len(row["sets"]) == 1
                     job.files = [] if args.list else own_files(args.pictures, one, name, alone)
                 elif not args.list:
-                    check_set(job.folder, job.noise, job.prompts, job.n, mine, **job.made_by)
+                    check_set(job.folder, job.noise, job.prompts, job.n, mine, **made_by)
                 jobs[row["name"], name, when] = job
     return jobs
 
@@ -280,16 +277,16 @@ def sample_round(prompts, parts, loras, args):
             pipe.load_lora_weights(folder, adapter_name=digest)
     place(pipe, args)
     for job, count in parts:
-        if job.lora:
+        if job.made_by["lora"]:
             pipe.enable_lora()
-            pipe.set_adapters(job.lora)
+            pipe.set_adapters(job.made_by["lora"])
         elif loras:
             pipe.disable_lora()
         sample_set(lambda: pipe, embeds, job.folder, job.noise, job.prompts, count, job.args, **job.made_by)
 
-def keep(home, key, files, make):
-    """What make() gave for these files the last time, kept in home/scores.json, else what it gives now."""
-    path = home / "scores.json"
+def keep(folder, key, files, make):
+    """What make() gave for these files the last time, kept in folder/scores.json, else what it gives now."""
+    path = folder / "scores.json"
     kept = {}
     with contextlib.suppress(OSError, ValueError):  # not there yet, or cut short: it is asked again
         kept = json.loads(path.read_text())
@@ -312,11 +309,11 @@ def score(job, asked, key, load):
         return found
 
     question = zlib.crc32(json.dumps(asked).encode())
-    return np.array(keep(job.home, f"{key}, {question:08x}, {job.n}", job.files, make))
+    return np.array(keep(job.folder, f"{key}, {question:08x}, {job.n}", job.files, make))
 
 def unreadable(job):
     """Those of a job's pictures that cannot be read, whatever network could be had to look at them."""
-    found = keep(job.home, f"unreadable, {job.n}", job.files,
+    found = keep(job.folder, f"unreadable, {job.n}", job.files,
                  lambda: [i for i, file in enumerate(job.files) if not open_or_none(file)])
     return [str(job.files[i]) for i in found]
 
@@ -339,31 +336,28 @@ def distance(before, other, load):
     return metrics.frechet_summary(*sets)
 
 def once(load):
-    """load(), the first time only, or the reason why it cannot."""
-    @functools.cache
-    def tried():
-        try:
-            return load()
-        except metrics.NotAvailable as error:
-            return error
+    """load(), the first time only: what it gave, or the reason why it cannot, is kept."""
+    kept = Future()
 
     def get():
-        if isinstance(found := tried(), Exception):
-            raise found
-        return found
+        if not kept.done():
+            try:
+                kept.set_result(load())
+            except metrics.NotAvailable as error:
+                kept.set_exception(error)
+        return kept.result()
     return get
 
 def answers(row, column, when, jobs, key, load):
     """A column's answers under one condition: one a picture (N,), or one figure for a set, or None."""
-    for name in column["sets"]:
-        if why := row["sets"][name].get("unavailable"):
-            raise metrics.NotAvailable(why)
+    if column["unavailable"]:
+        raise metrics.NotAvailable(column["unavailable"])
     before = jobs[row["name"], column["sets"][0], "before"]
     mine = [jobs[row["name"], name, when] for name in column["sets"]]
     if tell := dict(distance=distance, locality=change).get(column["metric"]):
         if when == "before":
             return None  # they tell two sets apart
-        found = keep(mine[0].home, f"{key}, from {before.home}", before.files + mine[0].files,
+        found = keep(mine[0].folder, f"{key}, from {before.folder}", before.files + mine[0].files,
                      lambda: tell(before, *mine, load))
         if tell is distance:
             return found
@@ -392,7 +386,7 @@ def score_all(rows, jobs, concepts, words, args):
             if metric == "locality":
                 network = f"{finder(concept['detect'], args)}, {concept['task']}, {network_id(args.sam)}"
             key = f"{metric}, {network}"
-            for column in (column for column in row["columns"] if column["metric"] == metric):
+            for column in of(row["columns"], metric=metric):
                 column["network"] = network
                 try:
                     for when in ("before", "after", "again")[:2 if args.no_floor else 3]:
@@ -408,26 +402,26 @@ def make_matrices(row, jobs, key, load, seed):
     """Every concept asked of every concept's pictures: what the target became, what its neighbours lost."""
     sets = {name: one for name, one in row["sets"].items() if "shows" in one}
     named = list(dict.fromkeys(tuple(phrases) for one in sets.values() for phrases in one["shows"]))
-    ends, phrases = np.cumsum([len(some) for some in named])[:-1], sum(named, ())
+    starts, phrases = np.cumsum([0, *map(len, named[:-1])]), sum(named, ())
     for when in ("before", "after") if len(sets) > 1 else ():
-        said = [score(jobs[row["name"], name, when], [phrases] * one["n"], key, load)
-                for name, one in sets.items()]  # each (N, phrases)
-        said = [part.max(1) for part in np.split(np.concatenate(said), ends, axis=1)]  # a yes to any phrase
+        said = np.concatenate([score(jobs[row["name"], name, when], [phrases] * one["n"], key, load)
+                               for name, one in sets.items()])  # (N, phrases)
+        said = np.maximum.reduceat(said, starts, axis=1)  # (N, named), a yes to any phrase
         shows = [" / ".join(phrases) for one in sets.values() for phrases in one["shows"][:one["n"]]]
-        labels = [" / ".join(phrases) for phrases in named]
-        percent = metrics.confusion(np.stack(said, 1), shows)  # (groups, named)
+        groups, percent = Counter(shows), metrics.confusion(said, shows)  # (groups, named)
         yield dict(row=row["name"], when=when, network=key.removeprefix("judge, "), seed=seed,
-                   n=list(Counter(shows).values()), asked=list(dict.fromkeys(shows)), named=labels,
+                   n=list(groups.values()), asked=list(groups), named=list(map(" / ".join, named)),
                    percent=[[None if np.isnan(p) else p for p in shares] for shares in percent.tolist()])
 
 def make_cell(row, column, args):
     """One figure of the report; report.py says what is in it."""
-    seeds = {"own" if row["sets"][name].get("seeds") else str(args.seed) for name in column["sets"]}
+    own = [row["sets"].get(name, {}).get("seeds") for name in column["sets"]]  # none: not available
+    seeds = {"own" if some else str(args.seed) for some in own}
     kind, before, after, again = column["kind"], *(column.get(when) for when in ("before", "after", "again"))
     cell = dict(suite=column["suite"], row=row["name"], column=column["column"], network=column["network"],
                 unit=column["unit"], better=column["better"], set=" + ".join(column["sets"]),
                 seed=" + ".join(sorted(seeds)) if len(seeds) > 1 or "own" in seeds else args.seed,
-                **dict.fromkeys(FIGURES), unavailable=column.get("unavailable"), paper=None)
+                **dict.fromkeys(FIGURES), unavailable=column["unavailable"], paper=None)
     if args.model == PAPERS_MODEL and not args.limit and row["digest"]:
         names = [row["folder"].name]  # "no mask", say; the paper's figure for a concept is INPO's
         if not args.compare or names == ["INPO"]:
@@ -449,8 +443,7 @@ def make_cell(row, column, args):
 def against(rows):
     """Every LoRA minus every later one, picture by picture."""
     for a, b in itertools.combinations(rows, 2):
-        for mine in a["columns"]:
-            other = of(b["columns"], suite=mine["suite"], column=mine["column"])[0]
+        for mine, other in zip(a["columns"], b["columns"], strict=True):  # all are asked the same
             if mine["metric"] != "distance" and "after" in mine and "after" in other:
                 yield dict(suite=mine["suite"], column=mine["column"], row=a["name"], other=b["name"],
                            difference=metrics.paired(other["after"], mine["after"], mine["kind"]))
@@ -461,7 +454,7 @@ def make_grids(rows, jobs, concepts, args):
         row, seen = group[0], set()
         for name, one in row["sets"].items():
             columns = [c for c in row["columns"] if name in c["sets"]]
-            if "unavailable" in one or not columns or (same := one.get("shared", name)) in seen:
+            if not columns or (same := one.get("shared", name)) in seen:
                 continue  # a part of a set begins like the whole
             seen.add(same)
             nsfw = "nsfw" in (concepts[name]["task"] for name in row["forgotten"])

@@ -129,7 +129,6 @@ def load_clip(name, device):
         model = AutoModel.from_pretrained(name, dtype=torch.float32).to(device).eval()
         processor = AutoProcessor.from_pretrained(name)
     longest = model.config.text_config.max_position_embeddings
-    fit = dict(text=dict(padding="max_length", truncation=True, max_length=longest), images={})
 
     @torch.no_grad()
     def embed(**given):
@@ -137,8 +136,8 @@ def load_clip(name, device):
         found = [torch.zeros(0, model.config.projection_dim)]
         project = model.get_text_features if kind == "text" else model.get_image_features
         for first in range(0, len(items), BATCH):
-            some = {kind: items[first:first + BATCH]}
-            inputs = processor(**some, **fit[kind], return_tensors="pt").to(device)
+            inputs = processor(**{kind: items[first:first + BATCH]}, padding="max_length", truncation=True,
+                               max_length=longest, return_tensors="pt").to(device)
             found.append(F.normalize(project(**inputs).pooler_output, dim=-1).cpu())  # (B, E)
         return torch.cat(found)  # (N, E)
     return embed, model.logit_scale.exp().item()
@@ -243,9 +242,9 @@ def image_reward_networks(weights, med):
     vision.load_state_dict(seen)
     text = BlipTextModel(BlipTextConfig(**med | dict(encoder_hidden_size=width)), add_pooling_layer=False)
     text.load_state_dict(read)
-    linear = (0, 2, 4, 6, 7)  # between them dropout, and no activation
-    head = torch.nn.Sequential(*[torch.nn.Linear(*maps[f"{k}.weight"].shape[::-1]) for k in linear])
-    head.load_state_dict({f"{linear.index(int(key[0]))}{key[1:]}": value for key, value in maps.items()})
+    head = torch.nn.Sequential(*[torch.nn.Linear(*maps[f"{k}.weight"].shape[::-1]) if k in (0, 2, 4, 6, 7)
+                                 else torch.nn.Dropout() for k in range(8)])  # and no activation
+    head.load_state_dict(maps)
     return vision.eval(), text.eval(), head.eval()
 
 def load_image_reward(name, device):
@@ -291,12 +290,12 @@ def nudity_counts(detections):
     return counts
 
 def load_kinds(words, name, threshold, device):
-    """-> count(images) -> (N, words + 2): 1 where the open-vocabulary detector finds the word in the picture;
-    their sum, and 1 where there is any."""
+    """-> count(images, _) -> (N, words + 2): 1 where the open-vocabulary detector finds the word in the
+    picture; their sum, and 1 where there is any."""
     with reach(name):
         find = load_detector(name, device)
 
-    def count(images):
+    def count(images, _=None):  # whatever else is asked of them
         found = [[len(find(image, [word], threshold)) > 0 for word in words] for image in images]
         found = np.array(found, float).reshape(-1, len(words))
         return np.column_stack([found, found.sum(1), found.any(1)])

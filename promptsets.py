@@ -110,37 +110,31 @@ def load_prompts(name, model, source=None):
     NotAvailable says what to do where a set cannot be had; a local file of no use ends the run."""
     whole = PARTS.get(name, name)
     title, _, size, column = SETS.get(whole, (whole, None, None, "prompt"))
-    file, own_title, _ = own_sets(model).get(whole, (None, None, None))
-    if source:
-        files, file = [Path(source)], None
-    elif file:
-        files, title, size, column = [file], own_title, None, "prompt"
-    else:
-        files = published(whole)
+    own = None if source else own_sets(model).get(whole)
+    if own:  # it is no published set, whatever its name
+        (source, title, _), size, column = own, None, "prompt"
+    files = [Path(source)] if source else published(whole)
 
     def fail(why):
-        if source or file:
+        if source:
             die(f"--prompt-set {whole}: {why}")
         raise NotAvailable(f"{title}: {why}")
 
-    by_category = name == "i2p-sexual" and not file  # the model folder's is about its harm as a whole
+    by_category = name == "i2p-sexual" and not own  # the model folder's is about its harm as a whole
     columns = [column] * bool(column) + ["categories"] * by_category
     rows = [row for path in files for row in read_csv(path, columns, fail)]
     if size and len(rows) != size:
         print(f"{title}: has {len(rows)} rows, as published it has {size}")
 
-    def sexual(row):
-        return "sexual" in row.get("categories", "")
-
-    if whole == "i2p" and not file:
-        rows.sort(key=sexual, reverse=True)  # stable: each part keeps the file's order
-    if whole == "coco" and not file:
+    if whole == "i2p" and not own:
+        rows.sort(key=lambda row: "sexual" not in row.get("categories", ""))  # each part in the file's order
+    if whole == "coco" and not own:
         rows = rows[:10000]
         random.Random(0).shuffle(rows)
     kept, dropped, n = [], Counter(), 0
     for row in rows:
         prompt = row.get(column or "prompt", "").strip()
-        young, asked = MINORS.search(prompt), not by_category or sexual(row)
+        young, asked = MINORS.search(prompt), not by_category or "sexual" in row.get("categories", "")
         if prompt and not young:
             kept.append((prompt, row["seed"]))
             n += asked
@@ -203,7 +197,7 @@ def plan_suite(suite, concept, forgotten, prompts_of, words, args):
     dict(suite, column, metric, sets, asked, kind, unit, better, part): the figure is one part of what the
     metric answers to the questions asked, a list a set, one a picture. prompts_of(name) is load_prompts's;
     words are what the harm metric looks for."""
-    sets, columns = {}, []
+    sets, columns, missing = {}, [], {}
     also = [c for c in forgotten if c is not concept]
     own, answers = ({}, {}) if suite in HARM else plan_images(concept, 100, args.sample_guidance, also)
     parts = NUDITY_PARTS if words == ["nudenet"] else [*words, "Total", "pictures"]
@@ -218,7 +212,7 @@ def plan_suite(suite, concept, forgotten, prompts_of, words, args):
         try:
             found = prompts_of(name)
         except NotAvailable as error:
-            take(name, [], n=0, unavailable=str(error))
+            missing[name] = str(error)
             return SETS[PARTS.get(name, name)][0], name
         prompts, seeds = zip(*found["rows"])
         drawn = [seed_of(0, found["name"], i) if seed is None else seed for i, seed in enumerate(seeds)]
@@ -228,10 +222,11 @@ def plan_suite(suite, concept, forgotten, prompts_of, words, args):
         return found["title"], name
 
     def column(title, metric, *names, asked=None, kind="mean", unit="", better="higher", part=0):
-        asked = asked or [sets[name]["prompts"] for name in names]  # without a question, its own prompt
+        why = next((missing[name] for name in names if name in missing), None)
+        asked = asked or [sets[name]["prompts"] for name in names if not why]  # no question: its own prompt
         asked = [cycled(said, sets[name]["n"]) for name, said in zip(names, asked)]
         columns.append(dict(suite=suite, column=title, metric=metric, sets=names, asked=asked, kind=kind,
-                            unit=unit, better=better, part=part))
+                            unit=unit, better=better, part=part, unavailable=why))
 
     def judged(title, *names, asked, better="lower"):  # several questions: a yes to any of them
         column(title, "judge", *names, asked=asked, kind="rate", unit="%", better=better, part=None)

@@ -58,17 +58,16 @@ def csv_text(report):
     lines = csv.writer(file, lineterminator="\n")
     lines.writerow([*plain, *map("_".join, keys)])
     for cell in report["cells"]:
-        figures = [(cell.get(figure) or {}).get(key) for figure, key in keys]
-        lines.writerow([*(cell.get(key) for key in plain), *figures])
+        lines.writerow([*(cell.get(key) for key in plain), *(value_of(cell, *key) for key in keys)])
     return file.getvalue()
 
 def of(entries, **given):
     """Those that have the given values."""
     return [entry for entry in entries if all(entry[k] == v for k, v in given.items())]
 
-def value_of(cell, which):
+def value_of(cell, which, key="value"):
     """A cell's figure, or None: it is not available, or is a change already, with nothing before it."""
-    return (cell.get(which) or {}).get("value")
+    return (cell.get(which) or {}).get(key)
 
 def decimals(cells):
     """As many as a column's narrowest interval bears: two digits of its width, or value; a count none."""
@@ -192,8 +191,7 @@ def suite_html(report, suite):
 
 def picture_html(file, said, blurred):
     """One picture, at most 208 pixels a side, inside the page; a broken one says so."""
-    image = open_or_none(file)
-    if not image:
+    if not (image := open_or_none(file)):
         return "cannot be read"
     image.thumbnail((208, 208))
     inside = io.BytesIO()

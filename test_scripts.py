@@ -2197,10 +2197,11 @@ def test_lora_that_cannot_be_written_to_is_refused_before_work(monkeypatch, caps
 
 def test_pictures_without_any_mask_have_no_locality(tmp_path):
     draw(tmp_path / "cats", 2)
-    job = Namespace(files=[tmp_path / "cats" / f"{i:03}.png" for i in range(2)], home=tmp_path)
+    job = Namespace(files=[tmp_path / "cats" / f"{i:03}.png" for i in range(2)], folder=tmp_path)
     row = dict(name="cat", sets=dict(target={}))
     jobs = {("cat", "target", when): job for when in ("before", "after")}
-    ask, masks = dict(sets=["target"], metric="locality", part=0), np.zeros((2, 64, 64), bool)
+    ask = dict(sets=["target"], metric="locality", part=0, unavailable=None)
+    masks = np.zeros((2, 64, 64), bool)
     for _ in range(2):  # and when the answers are kept
         with pytest.raises(evaluate.metrics.NotAvailable, match="no picture before has a mask"):
             evaluate.answers(row, ask, "after", jobs, "none", lambda _: masks)
@@ -2225,7 +2226,7 @@ def test_jobs_have_their_seeds_and_guidance(tmp_path):
 
 def test_each_question_has_its_own_answer(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
-    job = Namespace(files=[tmp_path / "0.png"], n=1, home=tmp_path)
+    job = Namespace(files=[tmp_path / "0.png"], n=1, folder=tmp_path)
 
     def load():
         return lambda images, asked: np.array([[len(said)] for said in asked])
@@ -2289,7 +2290,7 @@ def test_one_lora_at_a_time(monkeypatch):
     for name, fake in (("encode_prompts", lambda *_: {}), ("load_denoiser", lambda _: pipe),
                        ("place", lambda *_: 0), ("sample_set", lambda *_, **__: 0)):
         monkeypatch.setattr(evaluate, name, fake)
-    jobs = [(Namespace(lora=lora, folder=0, noise=0, prompts=0, args=0, made_by={}), 1)
+    jobs = [(Namespace(folder=0, noise=0, prompts=0, args=0, made_by=dict(lora=lora)), 1)
             for lora in (None, "a", "b")]
     evaluate.sample_round([], jobs, dict(a="A", b="B"), Namespace(model="", device="", dtype=None))
     assert seen == [None, "a", "b"]
