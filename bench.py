@@ -275,7 +275,7 @@ def show_plan(args):
             ("prompts, each (T5)", 0, work["text"]), (f"{SAM}, each", 0, work["mask"]),
             (f"sample, {images} images x 28 steps", images * 28, images * work["decode"]),
             (f"latents, {images} images", 0, images * work["encode"]),
-            (f"train, {steps} steps", steps * 2 * args.batch * 3, 0),
+            (f"train, {steps} steps of {args.batch} + {args.batch}", steps * 2 * args.batch * 3, 0),
             ("train --checkpointing", steps * 2 * args.batch * 4, 0)):
         print(f"{name:32}{forwards:>8,} forwards{forwards * forward + more / 1e12:>12,.0f} TFLOP")
 
@@ -389,9 +389,10 @@ def write_networks(model, out):
 def make_stand_in(args):
     """A folder for train.py's --model: the model's networks with random weights, to try a card with, and
     emoji-flux's scheduler and tokenizers. For FLUX.1-dev 34 GB."""
-    own, out = ROOT / "emoji-flux", args.out
-    if out.exists() and any(out.iterdir()):
-        die(f"--out {out}: is not empty; delete it, or use another --out")
+    own, out = ROOT / "emoji-flux", args.out.resolve()  # a link to a large disk, say
+    there = next(p for p in (out, *out.parents) if p.exists())
+    if not there.is_dir() or there == out and any(out.iterdir()):
+        die(f"--out {args.out}: is not empty, or no folder; delete it, or use another --out")
     longest = CLIPTextConfig(**config_of(args.model, "text_encoder")).max_position_embeddings
     try:
         write_networks(args.model, out)

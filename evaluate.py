@@ -32,7 +32,8 @@ from pathlib import Path
 
 from sample import (TASKS, check_plan, check_set, contact_sheet, die, drawing_flags, encode_prompts, ending,
                     finder_flags, fingerprint, guarded, load_concept, load_denoiser, model_flags, number,
-                    open_or_none, place, read_settings, sample_set, seed_of, setup, stage, write_text)
+                    open_or_none, place, prompts_folder, read_settings, sample_set, seed_of, setup, stage,
+                    write_text)
 
 SUITES = "concept table1 table2 table3 table4 table5 table7 table8 table12".split()
 ROUND = 1000  # prompts that are encoded at once
@@ -46,6 +47,7 @@ NOTES = [
     "A judge's yes is not a person's: it misses what is faint, and finds what is only alike.",
     "Seed noise is the frozen model against itself under another seed: a difference within it may be chance.",
     "Intervals of counts and differences are a bootstrap over pictures: no width where all of them agree.",
+    "Cost lacks the forward passes of sampling that was killed on the way.",
     "Intervals hold for these prompts and this seed; another training run differs by more (README: results)."]
 
 def arguments(given=None):
@@ -54,22 +56,22 @@ def arguments(given=None):
     parser.add_argument("--task", choices=TASKS, help="of a --concept that has no prompt file: for Tables 2 "
                         "to 5, which ask nothing about it")
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--lora", type=Path, nargs="+", metavar="DIR",
+    what.add_argument("--lora", type=Path, nargs="+", action="extend", metavar="DIR",
                       help="train.py's --out; several make one report, a row each; where a LoRA forgets "
                            "several concepts, --concept is asked about")
-    what.add_argument("--compare", type=Path, nargs="+", metavar="DIR",
+    what.add_argument("--compare", type=Path, nargs="+", action="extend", metavar="DIR",
                       help="several LoRAs of one concept, and their differences from each other")
     what.add_argument("--images", type=Path, metavar="DIR", dest="pictures",
                       help="pictures made elsewhere, in DIR/SET/: with a manifest.json like sample.py's, or "
                            "by name in the order of the prompts")
-    parser.add_argument("--suite", nargs="+", choices=[*SUITES, "all"], default=["concept"], metavar="SUITE",
+    parser.add_argument("--suite", nargs="+", action="extend", choices=[*SUITES, "all"], metavar="SUITE",
                         help=f"{', '.join(SUITES)}, all: the paper's tables (default: concept, our figures)")
     parser.add_argument("--report", type=Path, help="where the report goes (default: beside the LoRA, or "
                         "OUT/report where there are several)")
     parser.add_argument("--limit", type=number(int), help="at most N pictures a set: a quick look")
     parser.add_argument("--list", action="store_true",
                         help="print each SET's seeds and prompts, a json line each, and stop")
-    parser.add_argument("--prompt-set", nargs="+", default=[], metavar="NAME=CSV",
+    parser.add_argument("--prompt-set", nargs="+", action="extend", default=[], metavar="NAME=CSV",
                         help="a prompt set from your file (default: the model's promptsets/, else the hub)")
     parser.add_argument("--no-floor", action="store_true",
                         help="no base under another seed: a third fewer pictures, no noise floor")
@@ -80,7 +82,9 @@ def arguments(given=None):
     networks.add_argument("--pick-score", help="default yuvalkirstain/PickScore_v1; likewise")
     finder_flags(networks.add_argument)
     drawing_flags(parser.add_argument_group("how pictures are drawn").add_argument)
-    return parser.parse_args(given)
+    args = parser.parse_args(given)
+    args.suite = args.suite or ["concept"]
+    return args
 
 ARGS = arguments() if __name__ == "__main__" else None  # before the slow imports: --help answers at once
 
@@ -95,8 +99,8 @@ from tqdm import tqdm  # noqa: E402
 
 import metrics  # noqa: E402
 from mask import find_masks  # noqa: E402
-from promptsets import HARM, PARTS, SETS, cycled, is_own, load_prompts, own_sets, plan_suite  # noqa: E402
-from report import FIGURES, PAPER, VERSION, check_report, decimals, of, write_report  # noqa: E402
+from promptsets import HARM, PARTS, SETS, cycled, load_prompts, own_name, own_sets, plan_suite  # noqa: E402
+from report import FIGURES, PAPER, VERSION, check_report, decimals, of, value_of, write_report  # noqa: E402
 
 BLANK = Image.new("RGB", (64, 64))  # in the place of one that cannot be read
 
@@ -135,10 +139,9 @@ def metric_table(args, words):
 
     inception = (package_id("Inception of torch-fidelity", "torch-fidelity"),
                  functools.partial(metrics.inception_features, args.device))
-    own = is_own(args.judge, args.model)
     return dict(judge=by(metrics.load_judge, args.judge, args.dtype),
                 clip=by(metrics.load_clip_score, args.clip),
-                distance=by(metrics.clip_features, args.judge) if own else inception,
+                distance=by(metrics.clip_features, args.judge) if own_name(args.judge) else inception,
                 ImageReward=by(metrics.load_image_reward, args.image_reward),
                 PickScore=by(metrics.load_clip_score, args.pick_score, None),  # in its own scale
                 harm=(package_id("NudeNet", "nudenet") + ", 320 px" if nude else finder(words, args), harm),
@@ -149,7 +152,8 @@ def read_rows(args):
     if args.pictures:
         if len(args.concept or []) != 1:
             die(f"--images {args.pictures}: needs one --concept, to know what is asked")
-        return [dict(name=args.pictures.name, folder=args.pictures, digest=None, forgotten=args.concept,
+        name = args.pictures.resolve().name
+        return [dict(name=name, folder=args.pictures, digest=None, forgotten=args.concept,
                      asked=args.concept[0])]
     rows, flag = [], "compare" if args.compare else "lora"
     for folder in args.lora:
@@ -175,7 +179,7 @@ def read_rows(args):
     said = sorted({" + ".join(row["forgotten"]) for row in rows})
     if args.compare and len(said) > 1 and not set(args.suite) <= HARM:  # whose prompts are the same for all
         die(f"--compare: needs LoRAs that forget the same, these forget {', '.join(said)}")
-    for names in zip(*[(row["asked"], row["folder"].name, str(row["folder"])) for row in rows]):
+    for names in zip(*[(row["asked"], row["folder"].resolve().name, str(row["folder"])) for row in rows]):
         if len(set(names)) == len(rows):  # the shortest that tells them apart
             return [row | dict(name=name) for row, name in zip(rows, names)]
     die(f"--{flag}: names one LoRA twice")
@@ -408,9 +412,11 @@ def make_matrices(row, jobs, key, load, seed):
                                for name, one in sets.items()])  # (N, phrases)
         said = np.maximum.reduceat(said, starts, axis=1)  # (N, named), a yes to any phrase
         shows = [" / ".join(phrases) for one in sets.values() for phrases in one["shows"][:one["n"]]]
-        groups, percent = Counter(shows), metrics.confusion(said, shows)  # (groups, named)
-        yield dict(row=row["name"], when=when, network=key.removeprefix("judge, "), seed=seed,
-                   n=list(groups.values()), asked=list(groups), named=list(map(" / ".join, named)),
+        read = ~np.isnan(said).any(1)  # (N,)
+        groups, percent = list(dict.fromkeys(shows)), metrics.confusion(said, shows)  # (groups, named)
+        counts = Counter(np.array(shows)[read].tolist())
+        yield dict(row=row["name"], when=when, network=key.removeprefix("judge, "), seed=seed, asked=groups,
+                   n=[counts[group] for group in groups], named=list(map(" / ".join, named)),
                    percent=[[None if np.isnan(p) else p for p in shares] for shares in percent.tolist()])
 
 def make_cell(row, column, args):
@@ -423,7 +429,7 @@ def make_cell(row, column, args):
                 seed=" + ".join(sorted(seeds)) if len(seeds) > 1 or "own" in seeds else args.seed,
                 **dict.fromkeys(FIGURES), unavailable=column["unavailable"], paper=None)
     if args.model == PAPERS_MODEL and not args.limit and row["digest"]:
-        names = [row["folder"].name]  # "no mask", say; the paper's figure for a concept is INPO's
+        names = [row["folder"].resolve().name]  # "no mask", say; the paper's figure for a concept is INPO's
         if not args.compare or names == ["INPO"]:
             names.append(" + ".join(row["forgotten"]))
         printed = (PAPER.get((column["suite"], name, column["column"])) for name in names)
@@ -478,10 +484,13 @@ def read_run(row):
             log = list(csv.DictReader(file))
         curve = {key: [float(line[key]) for line in log] for key in ("step", "dS", "alpha")}
         curve["row"] = row["name"]
-        table = np.loadtxt(row["folder"] / "stages.csv", delimiter=",", usecols=(1, 2, 3, 4), ndmin=2)
-        seconds, host, gpu, drawn = table.T
-        cost = dict(row=row["name"], seconds=sum(seconds), peak_gib=max(gpu) or max(host),
-                    forwards=sum(drawn) + sum(float(line["forwards"]) for line in log))
+        with open(row["folder"] / "stages.csv", encoding="utf-8", newline="") as file:
+            stages = [line for line in csv.reader(file) if not line[0].startswith("evaluate")]
+        seconds, host, gpu, drawn = np.array([line[1:] for line in stages], float).T
+        steps, forwards = (sum(float(line[key]) for line in log) for key in ("seconds", "forwards"))
+        stage_of_steps = sum(seconds[[line[0] == "train" for line in stages]])  # less what a kill cut off
+        cost = dict(row=row["name"], seconds=sum(seconds) + max(0, steps - stage_of_steps),
+                    peak_gib=max(gpu) or max(host), forwards=sum(drawn) + forwards)
     return curve, cost
 
 def main(args):
@@ -517,6 +526,8 @@ def evaluate(args, lines):
         args.image_reward = args.image_reward or "THUDM/ImageReward"
         args.pick_score = args.pick_score or "yuvalkirstain/PickScore_v1"
     given = dict(pair.partition("=")[::2] for pair in args.prompt_set)
+    if len(given) < len(args.prompt_set):
+        die(f"--prompt-set {' '.join(args.prompt_set)}: gives a set twice")
     known = {*SETS, *own_sets(args.model)}
     if wrong := [name for name, path in given.items() if name not in known or not path]:
         die(f"--prompt-set {wrong[0]}: is no NAME=CSV with a NAME of {', '.join(sorted(known))}")
@@ -524,7 +535,10 @@ def evaluate(args, lines):
         lambda name: load_prompts(name, args.model, given.get(PARTS.get(name, name))))
     # what I2P is asked about: nudity, unless a model's own prompts are about something else
     *_, harm = own_sets(args.model).get("i2p", [""])
-    words = load_concept(args.model, harm or "nudity")["detect"] if HARM & set(args.suite) else []
+    asks = HARM & set(args.suite)
+    if asks and not harm and not (prompts_folder(args.model) / "nudity.txt").exists():
+        die(f"--suite {min(asks)}: asks about nudity, which {prompts_folder(args.model)} has no file of")
+    words = load_concept(args.model, harm or "nudity")["detect"] if asks else []
     for row in rows:
         row["sets"], row["columns"] = {}, []
         for suite in args.suite:
@@ -540,16 +554,19 @@ def evaluate(args, lines):
             for i, prompt in enumerate(cycled(job.prompts, job.n) if mine else ()):
                 drawn = seeds[i] if seeds else seed_of(args.seed, job.noise, i)
                 print(json.dumps(dict(set=name, seed=drawn, prompt=prompt), ensure_ascii=False), file=lines)
+        lost = {c["unavailable"]: c["suite"] for row in rows for c in row["columns"] if c["unavailable"]}
+        if lost:
+            die("--list: lacks " + "; ".join(f"of {suite}: {why}" for why, suite in lost.items()))
         return
     missing = [job for job in jobs.values() if not all(file.exists() for file in job.files)]
     todo = {job.folder: job for job in sorted(missing, key=lambda job: job.n)}  # not a part, but the whole
     if todo:
         check_plan(args)
-    with stage("sample", args.out):
+    with stage("evaluate: sample", args.out):
         for prompts, parts in in_rounds(todo.values(), args.sample_batch):
             sample_round(prompts, parts, loras, args)
             free_memory()
-    with stage("score", args.out):
+    with stage("evaluate: score", args.out):
         matrices = score_all(rows, jobs, concepts, words, args)
         broken = sorted({file for job in tqdm(jobs.values(), desc="read again") for file in unreadable(job)})
     runs = [read_run(row) for row in rows]
@@ -582,10 +599,10 @@ def show(report, folder):
         for cell in of(report["cells"], row=row["name"]):
             said, digits = [], decimals([cell])
             for key in FIGURES:
-                figure = cell[key] or dict(value=None, low=None)
-                said.append("-" if figure["value"] is None else f"{figure['value']:.{digits}f}")
-                if figure["low"] is not None and key != "floor":
-                    said[-1] += f" [{figure['low']:.{digits}f}, {figure['high']:.{digits}f}]"
+                value, *ends = (value_of(cell, key, part) for part in ("value", "low", "high"))
+                said.append("-" if value is None else f"{value:z.{digits}f}")  # z: no negative zero
+                if ends[0] is not None and key != "floor":
+                    said[-1] += f" [{ends[0]:z.{digits}f}, {ends[1]:z.{digits}f}]"
             if cell["unavailable"]:
                 said = [f"not available: {cell['unavailable']}", "", "", ""]
             said = [text.rjust(width) for text, width in zip(said, (22, 22, 24, 10))]
@@ -599,6 +616,7 @@ def show(report, folder):
             write_text(card, f"{text}{title}\n\n{table}")
     grids = [(grid, row) for grid in report["grids"] if not grid["blurred"] for row in grid["rows"]]
     images = [open_or_none(file) or BLANK for _, row in grids for file in cycled(row["files"], 8)]
+    (folder / "evaluation.png").unlink(missing_ok=True)  # an earlier report's
     if images:  # not where all that may be shown is blurred
         contact_sheet(images, folder / "evaluation.png", 8, 80,
                       [f"{grid['set'][:18]}: {row['label']}" for grid, row in grids])

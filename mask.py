@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 
-from sample import (check_settings, contact_sheet, die, guarded, keep_settings, mask_flags, model_flags,
+from sample import (check_settings, contact_sheet, die, guarded, keep_settings, lock, mask_flags, model_flags,
                     open_image, save_image, setup)
 
 def arguments(given=None):
@@ -184,12 +184,14 @@ def make_masks(files, concept, args):
 def main(args):
     concepts = setup(args)
     check_networks(args)
+    files = {}
     for concept in concepts:
         folder = args.out / "forget" / concept["name"]
-        files = sorted(f for f in folder.glob("*.png") if not f.name.endswith(".mask.png"))
-        if not files:
-            die(f"{folder} holds no images; run sample.py first")
-        make_masks(files, concept, args)
+        found = sorted(f for f in folder.glob("*.png") if not f.name.endswith(".mask.png"))
+        files[concept["name"]] = found or die(f"{folder} holds no images; run sample.py first")
+    with lock(args.out):
+        for concept in concepts:
+            make_masks(files[concept["name"]], concept, args)
 
 if __name__ == "__main__":
     guarded(main, ARGS)

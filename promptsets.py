@@ -145,9 +145,11 @@ def load_prompts(name, model, source=None):
     n = min(n, 500) if name == "coco-500" else n
     return dict(name=whole, title=title, rows=kept, n=n, dropped=dict(dropped))
 
-def is_own(network, model):
-    """Is a network the model folder's own clip/? Its figures have no real metric's name alone."""
-    return Path(network).resolve() == (Path(model) / "clip").resolve()
+def own_name(network):
+    """The mark " (emoji)" of a network in the folder emoji-flux, as clip/ is, so that none of its figures has a
+    real metric's name alone; "" of one that lies in no model's folder."""
+    folder = Path(network).resolve().parent
+    return f" ({folder.name.split('-')[0]})" * (folder / "model_index.json").exists()
 
 def cycled(rows, n):
     """The first n of rows, over and over, as sample_set takes its prompts."""
@@ -201,8 +203,7 @@ def plan_suite(suite, concept, forgotten, prompts_of, words, args):
     also = [c for c in forgotten if c is not concept]
     own, answers = ({}, {}) if suite in HARM else plan_images(concept, 100, args.sample_guidance, also)
     parts = NUDITY_PARTS if words == ["nudenet"] else [*words, "Total", "pictures"]
-    brand = f" ({Path(args.model).name.split('-')[0]})"
-    acc, clip = "ACC" + brand * is_own(args.judge, args.model), "CLIP" + brand * is_own(args.clip, args.model)
+    acc, clip = "ACC" + own_name(args.judge), "CLIP" + own_name(args.clip)
 
     def take(name, prompts, guidance=args.sample_guidance, n=100, **more):
         sets[name] = dict(prompts=list(prompts), n=min(n, args.limit or n), guidance=guidance) | more
@@ -296,7 +297,7 @@ def plan_suite(suite, concept, forgotten, prompts_of, words, args):
         for part in parts:
             harmful(part, i2p, part=part)
         _, coco = take_set("coco")
-        column("FD-judge" if is_own(args.judge, args.model) else "FID", "distance", coco, better="lower")
+        column("FD-judge" if own_name(args.judge) else "FID", "distance", coco, better="lower")
         quality(coco, ImageReward=args.image_reward, PickScore=args.pick_score)
     elif suite in ("table4", "table5"):
         _, i2p = take_set("i2p-sexual")

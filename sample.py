@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -59,6 +60,12 @@ def model_name(text):
     folder = Path(text)
     return str(folder if folder.name else folder.resolve()) if folder.is_dir() else text
 
+def some_path(text):
+    """A Path; the empty name, of a shell's unset variable, would be the folder where one is."""
+    if not text:
+        raise argparse.ArgumentTypeError("the name is empty")
+    return Path(text)
+
 def model_flags(doc, needs_concept=True, out="default out/MODEL-CONCEPT, with -SEED where it is not 0"):
     """A script's parser, with the flags that all of them share."""
     raw = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=36, width=110)
@@ -69,7 +76,7 @@ def model_flags(doc, needs_concept=True, out="default out/MODEL-CONCEPT, with -S
          help="a FluxPipeline: hub id or folder (default %(default)s)")
     flag("--concept", nargs="+", action="extend", metavar="NAME", required=needs_concept,
          help="a prompt file's name; several: one LoRA forgets them all (D.2)")
-    flag("--out", type=Path, help=out)
+    flag("--out", type=some_path, help=out)
     flag("--seed", type=number(int, strict=False, most=2**32 - 1), default=0, help="default 0")
     flag("--device", choices=["cpu", "cuda", "mps"], help="default: cuda where there is one")
     flag("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on cuda")
@@ -87,7 +94,7 @@ def drawing_flags(flag):
          help="images at once (default: 25, 5 or 1, by their size; 5 at 1024 pixels)")
 
 def data_flags(flag):
-    flag("--n-forget", type=number(int), default=50, help="N_ES, unstated (default 50)")
+    flag("--n-forget", type=number(int), default=50, help="N_ES, unstated (default 50; all --images)")
     flag("--n-preserve", type=number(int), default=25, help="images a concept (C.1: 25)")
     flag("--prompts", type=Path, help="a text file of forget prompts (default: [train])")
     flag("--preserve", type=Path, help="a text file of prompts to preserve, 8 x --n-preserve images in all")
@@ -157,6 +164,8 @@ def guarded(main, args):
         main(args)
     except KeyboardInterrupt:
         die(f"interrupted; {go_on}", 130)
+    except BrokenPipeError:  # who reads the output has seen enough, as head does
+        os._exit(141)
     except Exception as error:  # a full disk, say; the hub's HTTP and the loaders have classes of their own
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or OUT_OF_MEMORY.search(said):
@@ -210,6 +219,8 @@ def load_concept(model, name):
             section = found.setdefault(line.strip("[]"), [])
         elif section is not None and not line.startswith("["):
             section.append(line)
+        elif key in found:
+            die(f"{path}: has {key}: twice")
         elif colon and key in keys:
             found[key] = [v for v in map(str.strip, value.split(",")) if v]
         else:
@@ -219,6 +230,10 @@ def load_concept(model, name):
         found[key] = mine or die(f"{path}: has no {key} (README: a concept is a file)")
     if odd := [template for template in found["preserve"] if "{}" not in template]:
         die(f"{path}: [preserve] holds {odd[0]}, a template without {{}}")
+    composed = [template.replace("{}", thing) for template in found["preserve"]
+                for thing in found["neighbours"] + found["unrelated"] + found["unseen"]]
+    if odd := [prompt for prompt in composed if MINORS.search(prompt)]:
+        die(f"{path}: mentions minors once put together: {odd[0]}")
     if odd := [end for end in found["backgrounds"] + found["styles"] if " " not in end]:
         die(f"{path}: {odd[0]} is no ending of a prompt, write as in: on a beach, in oil style")
     if (task := ", ".join(found["task"])) not in TASKS:
@@ -236,9 +251,12 @@ def own_pictures(args):
     """--images, all checked -> [(file, caption)]; a caption that mentions minors drops its picture."""
     suffixes = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
     files = sorted(args.images.glob("*"))
-    files = [f for f in files if f.suffix.lower() in suffixes and not f.name.endswith(".mask.png")]
+    beside = {f for f in files if f.suffix == ".txt" or f.name.endswith(".mask.png")}
+    files = [f for f in files if f.suffix.lower() in suffixes and f not in beside]
     if odd := [f for f in files if f.stem.lower().endswith(".mask")]:
         die(f"--images: {odd[0]}: a mask's name ends in .mask.png")
+    if odd := sorted(beside - {f.with_suffix(end) for f in files for end in (".txt", ".mask.png")}):
+        die(f"--images: {odd[0]}: there is no picture of that name: {MEND}")
     rows = []
     for file in files:
         text, by_mask = file.with_suffix(".txt"), file.with_suffix(".mask.png")
@@ -248,12 +266,13 @@ def own_pictures(args):
         rows.append((file, " ".join(caption.split())))
         image = open_image(file, None, MEND, 2)
         if by_mask.exists():
-            low, high = open_image(by_mask, image.size, MEND, 2).getextrema()
+            side, mask = min(image.size), open_image(by_mask, image.size, MEND, 2)
+            low, high = ImageOps.fit(mask, (side, side)).getextrema()
             colour = "black" if high < 128 else "white" if low > 127 else None
             if colour == "white" and args.task == "style":
                 print(f"--images: {by_mask} is all white: the whole picture counts as the style")
             elif colour:
-                die(f"--images: {by_mask} is all {colour}: {MEND}")
+                die(f"--images: {by_mask} is all {colour}, cropped square: {MEND}")
     kept = set(allowed([caption for _, caption in rows], f"--images {args.images}"))
     return [row for row in rows if row[1] in kept] or die(f"--images {args.images}: holds no picture to use")
 
@@ -261,8 +280,8 @@ def load_concepts(args):
     """The concept of each --concept: its prompt file, or --images; --prompts and --preserve replace parts.
     Without --images (evaluate.py has none) a --task stands for a file: nothing is then asked about it."""
     images, prompts, preserve, task = (getattr(args, k, None) for k in "images prompts preserve task".split())
-    if odd := [name for name in args.concept if re.search(r"[/\\]", name)]:
-        die(f"--concept {odd[0]}: names files and folders, take another name than one with / or \\")
+    if odd := [name for name in args.concept if re.search(r"[/\\]|^\.*$", name) or len(name) > 80]:
+        die(f"--concept {odd[0]}: names files and folders, take a name without / and \\, of 1 to 80 letters")
     if prompts and (images or len(args.concept) > 1):
         die(f"--prompts {prompts}: are those of one --concept, without --images")
     if images:
@@ -438,7 +457,7 @@ def setup(args):
     args.out = args.out or Path("out", f"{Path(args.model).name}-{'+'.join(args.concept)}{ending(args.seed)}")
     for flag in ("out", "preserve_dir", "report"):
         if path := getattr(args, flag, None):
-            there = next(p for p in (path, *path.absolute().parents) if p.exists())
+            there = next(p for p in (path, *path.absolute().parents) if os.path.lexists(p))
             if not (there.is_dir() and os.access(there, os.W_OK)):
                 die(f"--{flag.replace('_', '-')} {path}: {there} is no folder that can be written to")
     print(f"device: {args.device}, {str(args.dtype)[6:]}")
@@ -658,7 +677,7 @@ def check_set(folder, concept, prompts, count, args, **made_by):
     settings = dict(model=Path(args.model).name, concept=concept, prompts=prompts,
                     **{flag: getattr(args, flag) for flag in flags}, **made_by)
     flag = "preserve-dir" if folder.parent == getattr(args, "preserve_dir", None) else "out"
-    instead = f"use another --{flag}, or " * (not made_by.get("lora")) + f"delete {folder}"
+    instead = f"use another --{flag}, or " * (not made_by.get("lora")) + f"delete {shlex.quote(str(folder))}"
     check_settings(folder / "settings.json", settings, folder, instead)
     return settings
 
@@ -698,9 +717,11 @@ def mentions(phrase, concepts):
     return says(phrase, sum([c["concept"] + c["detect"] * (c["task"] == "object") for c in concepts], []))
 
 def says(phrase, words):
-    """Does the phrase hold one of the words, its article left out, or the plural?"""
-    bare = [re.escape(re.sub("(?i)^(an?|the) ", "", word)) for word in words]
-    return any(re.search(rf"(?<!\w){word}(s|(?<=[sxzoh])es)?(?!\w)", phrase, re.IGNORECASE) for word in bare)
+    """Does the phrase hold one of the words, its article left out, or its regular plural?"""
+    bare = [re.sub("(?i)^(an?|the) ", "", word) for word in words]
+    forms = bare + [re.sub(end, plural, word) for word in bare
+                    for end, plural in (("$", "s"), ("(?<=[sxzoh])$", "es"), ("y$", "ies"), ("fe?$", "ves"))]
+    return any(re.search(rf"(?<!\w){re.escape(form)}(?!\w)", phrase, re.IGNORECASE) for form in forms)
 
 def plan_sets(concepts, args):
     """D_ES's sets, one a concept, and D_PR's, none of them another's target: each (folder, concept, prompts,

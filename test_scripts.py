@@ -158,7 +158,8 @@ def test_help_answers_at_once(script):
     ("--detector ./nosuch", "--detector"), ("--sam LICENSE", "--sam LICENSE: holds no SAM"),
     ("--sam docs", "holds no SAM"), ("--detector emoji-flux/vae", "no OWLv2"),
     ("--preserve-dir LICENSE/x", "--preserve-dir"),
-    ("--concept cat --concept ghoost", "ghoost"), ("--concept a/b", "with / or"),
+    ("--concept cat --concept ghoost", "ghoost"), ("--concept a/b", "without / and"),
+    ("--concept ..", "--concept ..:"), ("--out=", "--out: the name is empty"),
     ("--concept dog --prompts LICENSE", "those of one --concept"),
     ("--concept cat robot --steps 1", "--steps 1: below the 2"), ("--previous-checkpoint", "there is no")])
 def test_bad_input_is_one_line_and_writes_nothing(given, named, tmp_path, capsys, monkeypatch):
@@ -413,7 +414,9 @@ def test_prompt_files_are_complete(model):
     ("concept: a cat", "concept:", "has no concept"), ("detect: a cat", "detect: ,", "has no detect"),
     ("task: object", "tasks: object", "tasks: object is none of"), ("[eval]", "[evil]", "[evil] is none of"),
     ("[preserve]", "[preserve]\na photo", "a photo, a template without {}"),
-    ("in noto style, ", "noto, ", "noto is no ending of a prompt")])
+    ("in noto style, ", "noto, ", "noto is no ending of a prompt"),
+    ("detect:", "concept: a dog\ndetect:", "has concept: twice"),
+    ("unrelated: ", "unrelated: sister act, ", "minors once put together: a young sister act")])
 def test_prompt_file_with_a_mistake_is_refused(old, new, named, tmp_path, capsys):
     (tmp_path / "prompts").mkdir()
     text = (ROOT / "emoji-flux" / "prompts" / "cat.txt").read_text()
@@ -423,6 +426,7 @@ def test_prompt_file_with_a_mistake_is_refused(old, new, named, tmp_path, capsys
     concept = sample.load_concept(tmp_path, "cat")  # a mark at the start, and a last comma, are none
     assert not any(prompt.startswith("#") for prompt in concept["train"])
     assert concept["task"] == "object" and concept["unrelated"][-1] == "a house"
+    text = text.replace("[preserve]", "[preserve]\na young {}")  # none of both mentions minors
     (tmp_path / "prompts" / "cat.txt").write_text(text.replace(old, new, 1))
     assert named in refusal(lambda: sample.load_concept(tmp_path, "cat"), capsys)
 
@@ -437,6 +441,9 @@ def test_phrase_mentions_a_concept_by_any_of_its_words():
     odd = [dict(concept=[name], detect=["x"], task="ip") for name in ("A fox", "C++", "mickey (50%)")]
     for phrase in ("two foxes", "a C++ poster", "a mickey (50%) poster"):
         assert sample.mentions(phrase, odd)
+    for phrase in ("butterflies over a meadow", "two knives", "Wolves in snow", "two monkeys"):
+        assert sample.says(phrase, ["a butterfly", "a knife", "a wolf", "a monkey"])
+    assert not sample.says("a butter lie in a knave's wolverine", ["a butterfly", "a knife", "a wolf"])
     musk = dict(concept=["Elon Musk"], detect=["a man"], task="ip")
     assert not sample.mentions("a man in a suit", [musk])
 
@@ -1288,7 +1295,8 @@ def test_a_mask_of_your_own_that_comes_later_is_not_ignored(tmp_path, capsys):
     ("empty file", "cannot be read"), ("no pictures", "holds no picture"), ("mask size", "not (64, 64)"),
     ("black mask", "all black"), ("white mask", "all white"), ("three pictures", "--batch 4"),
     ("Latin caption", "UTF-8"), ("pixel bomb", "DecompressionBombError"),
-    ("two concepts", "needs one --concept"), ("MASK.PNG", "a mask's name ends in .mask.png")])
+    ("two concepts", "needs one --concept"), ("MASK.PNG", "a mask's name ends in .mask.png"),
+    ("stray mask", "01.mask.png: there is no picture"), ("cut mask", "all black, cropped square")])
 def test_your_own_pictures_are_refused_in_one_line(tmp_path, capsys, monkeypatch, case, named):
     draw(mine := tmp_path / "mine", 3 if case == "three pictures" else 4)
     (tmp_path / "keep.txt").write_text("a tiger\na truck\na pizza\n")
@@ -1309,7 +1317,12 @@ def test_your_own_pictures_are_refused_in_one_line(tmp_path, capsys, monkeypatch
     side, value = (32 if case == "mask size" else 64), dict(black=0).get(case.split()[0], 255)
     if case == "MASK.PNG":
         Image.new("L", (64, 64)).save(mine / "001.MASK.PNG")
-    if "mask" in case:
+    if case == "cut mask":  # it is in what the square crop cuts off
+        Image.new("RGB", (128, 64), "red").save(mine / "000.png")
+        Image.fromarray(np.pad(np.full((64, 9), 255, np.uint8), ((0, 0), (0, 119)))).save(mine / "000.mask.png")
+    elif case == "stray mask":
+        Image.new("L", (64, 64), 255).save(mine / "01.mask.png")
+    elif "mask" in case:
         Image.new("L", (side, side), value).save(mine / "001.mask.png")
     more = ["--concept", "cat", "dog"] if case == "two concepts" else []
     given = [part for pair in own.items() for part in pair] + ["--batch", "4", *more]
@@ -1643,10 +1656,12 @@ def test_stand_in_is_a_model_of_the_same_shape(tmp_path, monkeypatch, capsys):
     assert image.size == (64, 64)
     assert f"{out}: is not empty" in refusal(lambda: bench.make_stand_in(args), capsys)
     shutil.rmtree(out)
+    (tmp_path / "disk").mkdir()
+    out.symlink_to(tmp_path / "disk")
     monkeypatch.setattr(bench, "write_text", lambda *_: out.joinpath("none", "such").touch())  # an OSError
     with pytest.raises(OSError):
         bench.make_stand_in(args)
-    assert not out.exists()  # the same command can be given again
+    assert not (tmp_path / "disk").exists()  # the same command can be given again
 
 
 def test_plan_of_an_unknown_model_does_not_ask_the_hub_six_times(monkeypatch, capsys):
@@ -1679,7 +1694,7 @@ def test_plan_of_a_stage_is_the_sum_of_its_parts(monkeypatch, capsys):
     assert found["sample"]["int8"] == pytest.approx(1.01 / 2 * weights + vae + 1000 + layer)
     bench.show_plan(args)
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["train,", "300", "steps", "1,800", "forwards"] in [line[:5] for line in lines]  # 300 x 2 x 3
+    assert "train, 300 steps of 1 + 1 1,800 forwards".split() in [line[:9] for line in lines]  # 300 x 2 x 3
     assert ["train", "--checkpointing", "2,400", "forwards"] in [line[:4] for line in lines]
 
 
@@ -1882,8 +1897,9 @@ def test_group_of_which_no_picture_can_be_read_has_an_empty_row_in_the_matrix(co
     assert "1 pictures cannot be read" in line and "preserved/000.png" in line
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert figures(report)["concept", "preserved"]["n"] == 3
-    _, after = report["matrices"]
-    assert [set(shares) == {None} for shares in after["percent"]].count(True) == 1
+    before, after = report["matrices"]
+    unread = [set(shares) == {None} for shares in after["percent"]]
+    assert unread.count(True) == 1 and after["n"][unread.index(True)] == 0 and min(before["n"]) > 0
     (tmp_path / "run" / "after" / "cat" / "preserved" / "scores.json").write_text("[{")  # only a cache
     for broken in (tmp_path / "run" / "after" / "cat" / "preserved").glob("*.png"):  # now the whole set
         broken.write_bytes(b"")
@@ -1938,6 +1954,38 @@ def test_pictures_of_unsafe_concepts_are_blurred_whichever_is_asked_about(copied
     (tmp_path / "two" / "args.json").write_text(json.dumps(record))
     report = evaluation(tmp_path / "two", copied / "base", "--suite", "table8", "--no-floor", "--limit", "2")
     assert {grid["set"]: grid["blurred"] for grid in report["grids"]}["target, hazard"]
+
+
+def test_cost_has_the_steps_that_a_kill_cut_off_and_no_evaluation(copied, tmp_path):
+    shutil.copytree(copied / "run", tmp_path / "run")
+    row, path = dict(name="cat", folder=tmp_path / "run"), tmp_path / "run" / "stages.csv"
+    _, whole = evaluate.read_run(row)
+    lines = path.read_text().splitlines()
+    steps = sum(float(line["seconds"]) for line in csv.DictReader(open(tmp_path / "run" / "log.csv")))
+    others = sum(float(line.split(",")[1]) for line in lines if not line.startswith("train,"))
+    assert whole["seconds"] >= others + steps > steps
+    with sample.stage("evaluate: score", tmp_path / "run"):
+        time.sleep(0.02)
+    assert evaluate.read_run(row)[1] == whole
+    path.write_text(re.sub("(?m)^train,[^,]*", "train,0.01", path.read_text()))
+    assert evaluate.read_run(row)[1] == whole | dict(seconds=pytest.approx(others + steps))
+
+
+def test_list_says_which_prompts_it_lacks(copied, tmp_path, monkeypatch, capsys):
+    def away(*_):
+        raise evaluate.metrics.NotAvailable("I2P is away, connect")
+
+    monkeypatch.setattr(evaluate, "load_prompts", away)
+    given = ["--suite", "table2", "table12", "--list"]
+    line = refusal(lambda: evaluation(copied / "run", tmp_path / "base", *given), capsys)
+    assert "of table2: I2P is away" in line and not (tmp_path / "base").exists()
+
+
+def test_judge_of_a_models_folder_carries_its_name_beside_any_model(monkeypatch):
+    monkeypatch.chdir(ROOT / "docs")
+    for clip, wanted in ((f"{EMOJI}/clip", " (emoji)"), ("../emoji-flux/clip", " (emoji)"),
+                         ("openai/clip-vit-base-patch32", ""), ("clip", "")):
+        assert promptsets.own_name(clip) == wanted
 
 
 def test_foreign_files_beside_a_lora_are_no_obstacle(copied, tmp_path, capsys):
@@ -2007,6 +2055,8 @@ def test_lora_of_a_concept_without_a_file_is_asked_what_is_not_about_it(copied, 
     ("--lora {run} --suite table4 --prompt-set coco={bare}/words.csv", "has no column prompt"),
     ("--lora {run} --suite table8", "forget several concepts"),
     ("--lora {run} --suite table2 --prompt-set cocoo=x", "cocoo"),
+    ("--lora {run} --suite table2 --suite table9", "table9"), ("--lora {run} --lora {run}", "one LoRA twice"),
+    ("--lora {run} --prompt-set i2p=x --prompt-set i2p=y", "gives a set twice"),
     ("--lora {bare} --concept gnome --task ip --suite table1 table4", "table1 asks about the"),
     ("--compare {run} {both} --concept cat", "forget the same, these forget cat, cat + dog"),
     ("--compare {run} {run}", "names one LoRA twice"), ("--lora {run} --report LICENSE/x", "--report"),
@@ -2361,7 +2411,8 @@ def test_links_lead_somewhere(name):
         assert file.exists(), link
         if file.suffix == ".md" and anchor:
             titles = re.findall(r"(?m)^#+ (.*)$", file.read_text())  # GitHub's anchors
-            assert anchor in [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles], link
+            anchors = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
+            assert anchor in anchors, link
 
 
 if __name__ == "__main__":  # all moments, some ten minutes; pytest keeps three
