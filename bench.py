@@ -20,8 +20,8 @@ import time
 import weakref
 from pathlib import Path
 
-from sample import (ROOT, WEIGHT_BYTES, check_size, die, generate, guarded, load_denoiser, number,
-                    peak_memory, place, stage, write_text)
+from sample import (ROOT, WEIGHT_BYTES, check_folder, check_size, die, generate, guarded, load_denoiser,
+                    number, peak_memory, place, stage, write_text)
 
 def arguments(given=None):
     raw = argparse.RawDescriptionHelpFormatter
@@ -152,8 +152,10 @@ def plan_masks(model):
     """Bytes, and FLOP an image, of SAM, the largest network of that stage: the model's own, else ViT-H."""
     own = Path(model) / "sam.pth"
     with torch.device("meta"):
-        sam = (load_sam(torch.load(own, map_location="meta", weights_only=True)) if own.exists() else
-               sam_model_registry["vit_h"]())
+        if own.exists():
+            sam = load_sam(torch.load(own, map_location="meta", weights_only=True))
+        else:
+            sam = sam_model_registry["vit_h"]()
     side = sam.image_encoder.img_size
     most, _, flop = watch(sam.requires_grad_(False), call("image_encoder", 1, 3, side, side), torch.float32)
     return 4 * sum(p.numel() for p in sam.parameters()) + most, flop
@@ -390,9 +392,9 @@ def make_stand_in(args):
     """A folder for train.py's --model: the model's networks with random weights, to try a card with, and
     emoji-flux's scheduler and tokenizers. For FLUX.1-dev 34 GB."""
     own, out = ROOT / "emoji-flux", args.out.resolve()  # a link to a large disk, say
-    there = next(p for p in (out, *out.parents) if p.exists())
-    if not there.is_dir() or there == out and any(out.iterdir()):
-        die(f"--out {args.out}: is not empty, or no folder; delete it, or use another --out")
+    check_folder("out", out)
+    if out.exists() and any(out.iterdir()):
+        die(f"--out {args.out}: is not empty; delete it, or use another --out")
     longest = CLIPTextConfig(**config_of(args.model, "text_encoder")).max_position_embeddings
     try:
         write_networks(args.model, out)

@@ -7,6 +7,7 @@ whole framed picture (C.1), as a rectangle, or whatever else the file's `detect:
 and any other nsfw concept's are the detected regions, as rectangles. An image in which nothing is found is
 dropped and counted, it never gets an empty or full mask.
 """
+import shlex
 from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
@@ -146,7 +147,7 @@ def check_networks(args):
 
 def check_masks(folder, concept, args):
     """Refuse masks that other settings have made -> the settings, and how to make the masks again."""
-    again = f"delete {folder}/*.mask.png and masks.json to make them again"
+    again = f"delete {shlex.quote(str(folder))}/*.mask.png and masks.json to make them again"
     settings = dict(detect=concept["detect"], task=concept["task"], threshold=args.threshold,
                     detector=args.detector, sam=args.sam, weights=args.weights)
     check_settings(folder / "masks.json", settings, f"{folder}/*.mask.png", again)

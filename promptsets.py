@@ -112,7 +112,8 @@ def load_prompts(name, model, source=None):
     title, _, size, column = SETS.get(whole, (whole, None, None, "prompt"))
     own = None if source else own_sets(model).get(whole)
     if own:  # it is no published set, whatever its name
-        (source, title, _), size, column = own, None, "prompt"
+        source, title, _ = own
+        size, column = None, "prompt"
     files = [Path(source)] if source else published(whole)
 
     def fail(why):
@@ -146,8 +147,8 @@ def load_prompts(name, model, source=None):
     return dict(name=whole, title=title, rows=kept, n=n, dropped=dict(dropped))
 
 def own_name(network):
-    """The mark " (emoji)" of a network in the folder emoji-flux, as clip/ is, so that none of its figures has a
-    real metric's name alone; "" of one that lies in no model's folder."""
+    """The mark " (emoji)" of a network in the folder emoji-flux, as clip/ is, so that none of its figures has
+    a real metric's name alone; "" of one that lies in no model's folder."""
     folder = Path(network).resolve().parent
     return f" ({folder.name.split('-')[0]})" * (folder / "model_index.json").exists()
 

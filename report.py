@@ -80,7 +80,7 @@ def decimals(cells):
 
 def number(value, digits, sign=""):
     """Without a negative zero, and with a minus as wide as a plus."""
-    return "–" if value is None else f"{round(value, digits) + 0.0:{sign}.{digits}f}".replace("-", "−")
+    return "–" if value is None else f"{value:{sign}z.{digits}f}".replace("-", "−")
 
 def interval(figure, digits):
     """[low, high], or nothing where pictures are too few for one."""

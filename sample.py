@@ -255,7 +255,8 @@ def own_pictures(args):
     files = [f for f in files if f.suffix.lower() in suffixes and f not in beside]
     if odd := [f for f in files if f.stem.lower().endswith(".mask")]:
         die(f"--images: {odd[0]}: a mask's name ends in .mask.png")
-    if odd := sorted(beside - {f.with_suffix(end) for f in files for end in (".txt", ".mask.png")}):
+    strays = beside - {f.with_suffix(end) for f in files for end in (".txt", ".mask.png")}
+    if odd := sorted(f for f in strays if f.resolve() != args.preserve.resolve()):
         die(f"--images: {odd[0]}: there is no picture of that name: {MEND}")
     rows = []
     for file in files:
@@ -424,6 +425,12 @@ def check_plan(args):
     args.checkpointing = True
     print("--checkpointing is on: training would not fit without it")
 
+def check_folder(flag, path):
+    """Refuse a folder that is none, cannot be made, or cannot be written to."""
+    there = next(p for p in (path, *path.absolute().parents) if os.path.lexists(p))
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        die(f"--{flag} {path}: {there} is no folder that can be written to")
+
 def setup(args):
     """Fill in what the flags left open, refuse what cannot work before a thing is written -> the concepts."""
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -457,9 +464,7 @@ def setup(args):
     args.out = args.out or Path("out", f"{Path(args.model).name}-{'+'.join(args.concept)}{ending(args.seed)}")
     for flag in ("out", "preserve_dir", "report"):
         if path := getattr(args, flag, None):
-            there = next(p for p in (path, *path.absolute().parents) if os.path.lexists(p))
-            if not (there.is_dir() and os.access(there, os.W_OK)):
-                die(f"--{flag.replace('_', '-')} {path}: {there} is no folder that can be written to")
+            check_folder(flag.replace("_", "-"), path)
     print(f"device: {args.device}, {str(args.dtype)[6:]}")
     for flag, (name, hub) in HUB.items():
         if hasattr(args, flag):
@@ -494,9 +499,11 @@ def keep_settings(path, settings, **more):
     """Write settings, more that may change from run to run, versions and commit to a json file."""
     packages = "torch diffusers transformers peft accelerate prodigyopt torchao".split()
     versions = dict(python=sys.version.split()[0]) | {name: version(name) for name in packages}
-    # a shell minds neither that there is no git nor that this is no clone
-    git = subprocess.run("git rev-parse HEAD", cwd=ROOT, shell=True, capture_output=True, text=True)
-    record = dict(settings=settings, **more, versions=versions, commit=git.stdout.strip())
+    commit = ""
+    with contextlib.suppress(OSError):  # no git here
+        git = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True)
+        commit = git.stdout.strip()
+    record = dict(settings=settings, **more, versions=versions, commit=commit)
     write_text(path, json.dumps(record, indent=1, default=str))
 
 @contextlib.contextmanager

@@ -1289,6 +1289,14 @@ def test_a_mask_of_your_own_that_comes_later_is_not_ignored(tmp_path, capsys):
     assert "own = " in refusal(lambda: sample.plan_sets(concepts, args), capsys)
 
 
+def test_preserve_file_may_lie_among_your_own_pictures(tmp_path):
+    draw(mine := tmp_path / "mine", 2)
+    (mine / "keep.txt").write_text("a tiger\n")
+    given = ["--concept", "cat", "--images", str(mine), "--task", "object", "--caption", "{}"]
+    args = sample.arguments([*given, "--preserve", str(mine / ".." / "mine" / "keep.txt")])
+    assert [file.name for file, _ in sample.own_pictures(args)] == ["000.png", "001.png"]
+
+
 @pytest.mark.parametrize("case, named", [
     ("no caption", "has no caption"), ("empty caption", "has no caption"), ("no task", "--task is missing"),
     ("no preserve", "--preserve is missing"),
