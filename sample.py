@@ -56,9 +56,9 @@ def number(kind=float, least=0.0, strict=True, most=sys.float_info.max):
     return parse
 
 def model_name(text):
-    """A folder's shortest name: emoji-flux/ and ./emoji-flux are one model."""
-    folder = Path(text)
-    return str(folder if folder.name else folder.resolve()) if folder.is_dir() else text
+    """One name a folder, the shortest from here: emoji-flux/ and its full path are one model."""
+    folder, here = Path(os.path.abspath(text)), Path.cwd()
+    return str(folder.relative_to(here) if here in folder.parents else folder) if folder.is_dir() else text
 
 def some_path(text):
     """A Path; the empty name, of a shell's unset variable, would be the folder where one is."""
