@@ -32,8 +32,10 @@ def arguments(given=None):
         what.add_argument(f"--{flag}", dest="work", action="store_const", const=flag.replace("-", "_"))
     parser.add_argument("--model", default="black-forest-labs/FLUX.1-dev", help="default %(default)s")
     parser.add_argument("--size", type=number(int), help="pixels a side (default: the VAE's sample_size)")
-    parser.add_argument("--batch", type=number(int), default=1, help="forget images a step (default 1)")
-    parser.add_argument("--sample-batch", type=number(int), default=1, help="images at once (default 1)")
+    parser.add_argument("--batch", type=number(int), default=1,
+                        help="forget images a step, of --plan and --step (default 1)")
+    parser.add_argument("--sample-batch", type=number(int), default=1,
+                        help="images at once, of --plan (default 1)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"],
                         help="of what is frozen (default bfloat16; measured: as train.py's)")
     parser.add_argument("--out", type=Path, default=Path("out/bench"), help="default %(default)s")
@@ -446,7 +448,8 @@ def proof(args):
     saved = train.get_peft_model_state_dict(transformer)
     loaded = FluxPipeline.lora_state_dict(args.out)
     same = all(torch.equal(loaded[f"transformer.{name}"], value) for name, value in saved.items())
-    planned = plan(args.model, 64, "float32", 1, 1, texts=32, states=2)[0]["train --checkpointing"]["int8"]
+    planned, *_ = plan("black-forest-labs/FLUX.1-dev", 64, "float32", 1, 1, texts=32, states=2)
+    planned = planned["train --checkpointing"]["int8"]
     idle, peak = build_peak[0], max(build_peak[1], train_peak[1])
     print(f"LoRA: {sum(p.numel() for p in params):,} parameters, saved and loaded again: "
           f"{'the same' if same else 'NOT the same'}; loss {' > '.join(f'{v:.6f}' for v in losses)}")

@@ -46,9 +46,12 @@ CAPTIONS = {"target": "what the concept became (Figures 4 and 5)", "paraphrases"
 NOTES = [
     "A judge's yes is not a person's: it misses what is faint, and finds what is only alike.",
     "Seed noise is the frozen model against itself under another seed: a difference within it may be chance.",
-    "Intervals of counts and differences are a bootstrap over pictures: no width where all of them agree.",
-    "Cost lacks the forward passes of sampling that was killed on the way.",
+    "Intervals of counts and differences are a bootstrap over pictures: too narrow where fewer than three or "
+    "so differ, without width where none does.",
+    "What a concept's file calls unrelated is preserved, in other scenes; never seen is what no set holds.",
+    "Cost lacks the forward passes of sampling that was killed, and of images that another run had made.",
     "Intervals hold for these prompts and this seed; another training run differs by more (README: results)."]
+PAPERS_N = "The paper's counts are of whole prompt sets, ours of what the filter keeps of them, the n shown."
 
 def arguments(given=None):
     parser = model_flags(__doc__, needs_concept=False, out="the frozen model's pictures, for all LoRAs "
@@ -428,10 +431,12 @@ def make_cell(row, column, args):
                 unit=column["unit"], better=column["better"], set=" + ".join(column["sets"]),
                 seed=" + ".join(sorted(seeds)) if len(seeds) > 1 or "own" in seeds else args.seed,
                 **dict.fromkeys(FIGURES), unavailable=column["unavailable"], paper=None)
-    if args.model == PAPERS_MODEL and not args.limit and row["digest"]:
-        names = [row["folder"].resolve().name]  # "no mask", say; the paper's figure for a concept is INPO's
-        if not args.compare or names == ["INPO"]:
-            names.append(" + ".join(row["forgotten"]))
+    published = all(row["sets"].get(name, {}).get("published", True) for name in column["sets"])
+    if args.model == PAPERS_MODEL and not args.limit and row["digest"] and published:
+        called, forgotten = row["folder"].resolve().name, " + ".join(row["forgotten"])
+        names = [forgotten] * (not args.compare or called == "INPO")  # other rows are no INPO, but a variant
+        if column["suite"] in ("table4", "table5") and forgotten == "nudity":
+            names.insert(0, called)  # "no mask", say
         printed = (PAPER.get((column["suite"], name, column["column"])) for name in names)
         cell["paper"] = next(filter(None, printed), None)
     if cell["unavailable"]:
@@ -570,18 +575,22 @@ def evaluate(args, lines):
         matrices = score_all(rows, jobs, concepts, words, args)
         broken = sorted({file for job in tqdm(jobs.values(), desc="read again") for file in unreadable(job)})
     runs = [read_run(row) for row in rows]
+    cells = [make_cell(row, column, args) for row in rows for column in row["columns"]]
+    notes = NOTES + [PAPERS_N] * any(cell["paper"] for cell in cells)
+    for row in rows:
+        if kept := [name.split(", ")[1] for name, one in row["sets"].items() if one.get("preserved")]:
+            notes.append(f"{row['name']}: its preserve set has {' and '.join(kept)}, of its category, too.")
     public = sorted({name for row in rows for name, one in row["sets"].items() if "seeds" in one})
     report = dict(
         version=VERSION, command=shlex.join(["python", "evaluate.py", *sys.argv[1:]]), model=args.model,
         weights=args.weights, seed=args.seed, limit=args.limit, suites=args.suite, compare=bool(args.compare),
         rows=[dict(name=row["name"], lora=str(row["folder"]), concept=row["forgotten"],
                    task=concepts[row["asked"]]["task"]) for row in rows],
-        cells=[make_cell(row, column, args) for row in rows for column in row["columns"]],
-        against=list(against(rows)) if args.compare else [],
-        grids=list(make_grids(rows, jobs, concepts, args)), matrices=matrices,
+        cells=cells, against=list(against(rows)) if args.compare else [], matrices=matrices,
+        grids=list(make_grids(rows, jobs, concepts, args)),
         curves=[curve for curve, _ in runs if curve],
         cost=[cost or dict(row=row["name"]) for row, (_, cost) in zip(rows, runs) if row["digest"]],
-        dropped={name: prompts_of(name)["dropped"] for name in public}, broken=broken, notes=NOTES)
+        dropped={name: prompts_of(name)["dropped"] for name in public}, broken=broken, notes=notes)
     write_report(report, folder)
     show(report, folder)
     print(f"\nlook at {folder / 'report.html'}")

@@ -2,7 +2,7 @@
 
     load_prompts("mma", "black-forest-labs/FLUX.1-dev")["rows"]     # [(prompt, its own seed or None)]
 
-I2P, four red-team sets (C.3) and COCO; none is kept here. A set is the user's csv file, else the model
+I2P, four red-team sets (C.2) and COCO; none is kept here. A set is the user's csv file, else the model
 folder's promptsets/NAME.csv, else the hub's, with the user's token. Rows that mention minors (sample.py's
 filter) are dropped before anything is drawn, counted by word.
 """
@@ -20,7 +20,7 @@ from sample import MINORS, die, load_concept, mentions, prompts_folder, says, se
 HUB, GITHUB = "https://huggingface.co/datasets/", "https://raw.githubusercontent.com/"
 I2P, COCO = HUB + "AIML-TUDA/i2p", GITHUB + "rohitgandikota/erasing/main/data/coco_30k.csv"
 MMA = HUB + "YijunYang280/MMA-Diffusion-NSFW-adv-prompts-benchmark"
-UNLEARNDIFF = GITHUB + "OPTML-Group/Diffusion-MU-Attack/main/prompts/nudity.csv"  # 142 rows, C.3 says 143
+UNLEARNDIFF = GITHUB + "OPTML-Group/Diffusion-MU-Attack/main/prompts/nudity.csv"  # 142 rows, C.2 says 143
 # name -> title, where it is published, rows there, column of the prompts
 SETS = {
     "i2p": ("I2P", I2P, 4703, "prompt"),
@@ -30,7 +30,8 @@ SETS = {
     "unlearndiff": ("UnlearnDiff", UNLEARNDIFF, 142, "prompt"),
     "coco": ("COCO, the first 10,000 captions", COCO, 30000, "prompt")}
 # the first rows of a set, whose pictures they share: I2P's called sexual, and 500 captions. The paper says
-# neither which 10,000 nor which 500: UnlearnDiffAtk's (coco_10k.csv), and a draw from them with a fixed seed
+# neither which 10,000 nor which 500: the first (UnlearnDiffAtk's coco_10k.csv has 9,939 of them), and a draw
+# from them with a fixed seed
 PARTS = {"i2p-sexual": "i2p", "coco-500": "coco"}
 
 HARM = {"table2", "table3", "table4", "table5"}  # suites that ask the same of every LoRA, whatever it forgets
@@ -106,7 +107,8 @@ def read_csv(path, columns, fail):
 
 def load_prompts(name, model, source=None):
     """A set of SETS or PARTS, of the model folder or, source, of the user's csv -> dict: name, the whole
-    set's; title; rows [(prompt, seed or None)], of which the first n are asked for; dropped {word: rows}.
+    set's; title; rows [(prompt, seed or None)], of which the first n are asked for; dropped {word: rows};
+    published, whether it has as many rows as the paper's.
     NotAvailable says what to do where a set cannot be had; a local file of no use ends the run."""
     whole = PARTS.get(name, name)
     title, _, size, column = SETS.get(whole, (whole, None, None, "prompt"))
@@ -124,8 +126,9 @@ def load_prompts(name, model, source=None):
     by_category = name == "i2p-sexual" and not own  # the model folder's is about its harm as a whole
     columns = [column] * bool(column) + ["categories"] * by_category
     rows = [row for path in files for row in read_csv(path, columns, fail)]
-    if size and len(rows) != size:
-        print(f"{title}: has {len(rows)} rows, as published it has {size}")
+    total = len(rows)
+    if size and total != size:
+        print(f"{title}: has {total} rows, as published it has {size}")
 
     if whole == "i2p" and not own:
         rows.sort(key=lambda row: "sexual" not in row.get("categories", ""))  # each part in the file's order
@@ -144,7 +147,8 @@ def load_prompts(name, model, source=None):
     if not n:
         fail(f"{', '.join(map(str, files))} has no prompt left")
     n = min(n, 500) if name == "coco-500" else n
-    return dict(name=whole, title=title, rows=kept, n=n, dropped=dict(dropped))
+    return dict(name=whole, title=title, rows=kept, n=n, dropped=dict(dropped),
+                published=size in (None, total))
 
 def own_name(network):
     """The mark " (emoji)" of a network in the folder emoji-flux, as clip/ is, so that none of its figures has
@@ -158,13 +162,14 @@ def cycled(rows, n):
 
 def plan_images(concept, n, guidance, also=()):
     """{set of images: (its prompts, guidance)}, {figure: (set, n lists of answers that are a yes)}. also: the
-    other concepts that the LoRA forgets, of which nothing that is to stay may speak, and what they preserve
-    has been seen."""
+    other concepts that the LoRA forgets, of which nothing that is to stay may speak. What any of them trains
+    on has been seen."""
     target, is_style = concept["concept"], concept["task"] == "style"
     neighbours, unseen, unrelated = ([o for o in concept[key] if not mentions(o, also)]
                                      for key in ("neighbours", "unseen", "unrelated"))
-    seen = sum([each["neighbours"] + each["unrelated"] + each["train"] for each in also], [])
-    unseen = [o for o in unseen if not any(says(text, [o]) for text in seen)]
+    seen = "\n".join(text for c in (concept, *also) for text in c["train"] + [
+        t.replace("{}", o) for t in c["preserve"] for o in c["neighbours"] + c["unrelated"]])
+    unseen = [o for o in unseen if not says(seen, [o.split(" in ")[0] if is_style else o])]
     templates = [t for t in concept["preserve"] if not mentions(t, also)]
     if not unrelated or not templates:
         die(f"--concept {concept['name']}: all that its file calls unrelated is forgotten too")
@@ -172,9 +177,9 @@ def plan_images(concept, n, guidance, also=()):
     sets = {"target": (concept["eval"], guidance), "target, guidance 1": (concept["eval"], 1.0),
             "target, guidance 5": (concept["eval"], 5.0), "paraphrases": (concept["paraphrases"], guidance)}
     asked = {name: (name, [target] * n) for name in sets}
-    for name, others in (("preserved", neighbours + unrelated), ("never seen", unseen)):
-        # "a dog in noto style", kept while another style goes, is asked about as a style
-        rows = [(t.replace("{}", o), [o.rpartition(" in ")[2] if is_style else o])
+    for name, others, part in (("preserved", neighbours + unrelated, -1), ("never seen", unseen, 0)):
+        # while another style goes, "a dog in noto style" is preserved as the style, never seen as the dog
+        rows = [(t.replace("{}", o), [o.split(" in ")[part] if is_style else o])
                 for t in templates for o in others]
         if rows:
             prompts, answers = zip(*rows)
@@ -205,6 +210,7 @@ def plan_suite(suite, concept, forgotten, prompts_of, words, args):
     own, answers = ({}, {}) if suite in HARM else plan_images(concept, 100, args.sample_guidance, also)
     parts = NUDITY_PARTS if words == ["nudenet"] else [*words, "Total", "pictures"]
     acc, clip = "ACC" + own_name(args.judge), "CLIP" + own_name(args.clip)
+    mark = "" if words == ["nudenet"] else own_name(args.detector)
 
     def take(name, prompts, guidance=args.sample_guidance, n=100, **more):
         sets[name] = dict(prompts=list(prompts), n=min(n, args.limit or n), guidance=guidance) | more
@@ -220,7 +226,7 @@ def plan_suite(suite, concept, forgotten, prompts_of, words, args):
         drawn = [seed_of(0, found["name"], i) if seed is None else seed for i, seed in enumerate(seeds)]
         seeds = None if set(seeds) == {None} else drawn  # a gap among a set's own gets one of ours
         name = name if found["n"] < len(prompts) else found["name"]
-        take(name, prompts, n=found["n"], seeds=seeds, shared=found["name"])
+        take(name, prompts, n=found["n"], seeds=seeds, shared=found["name"], published=found["published"])
         return found["title"], name
 
     def column(title, metric, *names, asked=None, kind="mean", unit="", better="higher", part=0):
@@ -235,7 +241,7 @@ def plan_suite(suite, concept, forgotten, prompts_of, words, args):
 
     def harmful(title, *names, part):
         kind = "pictures" if part == "pictures" else "count"
-        column(title, "harm", *names, kind=kind, better="lower", part=parts.index(part))
+        column(title + mark, "harm", *names, kind=kind, better="lower", part=parts.index(part))
 
     def unrelated_and_locality():
         column(f"{clip}, unrelated", "clip", "scenes")
@@ -266,7 +272,9 @@ def plan_suite(suite, concept, forgotten, prompts_of, words, args):
         known = {file.stem for file in prompts_folder(args.model).glob("*.txt")}  # a model may have its own
         others = {f"other, {name}": name for name in category if name in known - gone}
         for title, name in others.items():
-            take(title, load_concept(args.model, name)["eval"], shared=title)
+            other = load_concept(args.model, name)
+            kept = any(says(o, other["concept"]) for o in concept["neighbours"] + concept["unrelated"])
+            take(title, other["eval"], shared=title, preserved=kept)
         if others:
             column(f"{clip}, the other" + " two" * (len(others) == 2), "clip", *others)
         unrelated_and_locality()

@@ -110,7 +110,8 @@ def sentence(report, suite):
     cells = [c for c in of(report["cells"], suite=suite) if value_of(c, "after") is not None]
     said, columns = [], [c["column"] for c in cells if c["better"] == "lower"]
     if columns:
-        fall = of(cells, column="Total" if "Total" in columns else columns[0])
+        total = next((column for column in columns if column.startswith("Total")), columns[0])
+        fall = of(cells, column=total)
         digits, unit = decimals(fall), f" {fall[0]['unit'] or ''}".rstrip()
         first, last = ([value_of(c, which) for c in fall] for which in ("before", "after"))
         mean = [number(None if None in some else sum(some) / len(fall), digits) for some in (first, last)]

@@ -75,7 +75,8 @@ def model_flags(doc, needs_concept=True, out="default out/MODEL-CONCEPT, with -S
     flag("--model", type=model_name, default="black-forest-labs/FLUX.1-dev",
          help="a FluxPipeline: hub id or folder (default %(default)s)")
     flag("--concept", nargs="+", action="extend", metavar="NAME", required=needs_concept,
-         help="a prompt file's name; several: one LoRA forgets them all (D.2)")
+         help="a prompt file's name; several: one LoRA forgets them all (D.2)" if needs_concept else
+         "which of a LoRA's is asked about (default: its own)")
     flag("--out", type=some_path, help=out)
     flag("--seed", type=number(int, strict=False, most=2**32 - 1), default=0, help="default 0")
     flag("--device", choices=["cpu", "cuda", "mps"], help="default: cuda where there is one")
@@ -97,7 +98,8 @@ def data_flags(flag):
     flag("--n-forget", type=number(int), default=50, help="N_ES, unstated (default 50; all --images)")
     flag("--n-preserve", type=number(int), default=25, help="images a concept (C.1: 25)")
     flag("--prompts", type=Path, help="a text file of forget prompts (default: [train])")
-    flag("--preserve", type=Path, help="a text file of prompts to preserve, 8 x --n-preserve images in all")
+    flag("--preserve", type=Path,
+         help="a text file of prompts to preserve: 8 x --n-preserve images, one a line if those are more")
     flag("--preserve-dir", type=Path, help="D_PR's images, for runs to share (in --out)")
     flag("--images", type=Path, help="a folder of your own forget images, no prompt file needed: X.jpg, its "
                                      "caption X.txt, its mask X.mask.png")

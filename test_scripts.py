@@ -410,6 +410,13 @@ def test_prompt_files_are_complete(model):
         assert set(world.NAMES) | set(world.STYLES) | {"hazard"} == set(names)
 
 
+@pytest.mark.parametrize("category", promptsets.CATEGORIES[:3])
+def test_table_1s_other_two_are_not_preserved(category):
+    concepts = [sample.load_concept("none", name) for name in category]
+    for mine, other in itertools.permutations(concepts, 2):
+        assert not [o for o in mine["neighbours"] + mine["unrelated"] if sample.says(o, other["concept"])]
+
+
 @pytest.mark.parametrize("old, new, named", [
     ("concept: a cat", "concept:", "has no concept"), ("detect: a cat", "detect: ,", "has no detect"),
     ("task: object", "tasks: object", "tasks: object is none of"), ("[eval]", "[evil]", "[evil] is none of"),
@@ -1376,10 +1383,11 @@ train.guarded(train.main, train.arguments())
     assert "processes = 2, not 1" in one_alone  # it would go on with half of the batch
     done = launch_two(tmp_path / "two", "train.py")
     assert done.returncode == 0, done.stderr
-    one, two = ([line.split(",")[2:8] for line in (tmp_path / name / "log.csv").read_text().splitlines()]
+    one, two = ([line.split(",")[2:9] for line in (tmp_path / name / "log.csv").read_text().splitlines()]
                 for name in ("one", "two"))
     assert one[0] == two[0] and len(one) == len(two) == 13
-    np.testing.assert_allclose(np.array(two[1:], float), np.array(one[1:], float), atol=1e-5)
+    assert one[0][-1] == "grad_norm"  # a mean: AdamW would hide that it is a sum
+    np.testing.assert_allclose(np.array(two[1:], float), np.array(one[1:], float), rtol=1e-4, atol=1e-5)
 
 
 def test_defaults_are_the_papers(trained):
@@ -1766,8 +1774,9 @@ def test_evaluation_of_a_run(copied, capsys):
     assert set(before["asked"]) <= set(before["named"])
     assert np.shape(before["percent"]) == (len(before["asked"]), len(before["named"]))
     assert report["curves"][0]["step"][-1] == 11
-    drawn = 8 * 2  # the forget images lay there
+    drawn = 8 * 2 + 2 * 6 * len(train.picture_groups([sample.load_concept(EMOJI, "cat")]))  # forget lay there
     assert report["cost"][0]["forwards"] == drawn * 2 + 12 * 8 * 3
+    assert not any("preserve set has" in note for note in report["notes"])  # bird and airplane are in none
 
 
 @pytest.mark.parametrize("script", [sample, train, evaluate])
@@ -1928,7 +1937,8 @@ def test_set_of_which_no_picture_can_be_read_has_no_figure_of_any_part(copied, t
         broken.write_bytes(b"")
     refusal(lambda: evaluation(tmp_path / "run", copied / "base", *given), capsys, code=1)
     found = figures(json.loads((tmp_path / "run" / "report.json").read_text()))
-    assert found["table4", "Residuals"]["value"] is None and whole["table4", "Residuals"]["n"] == 4
+    assert found["table4", "Residuals (emoji)"]["value"] is None
+    assert whole["table4", "Residuals (emoji)"]["n"] == 4
     assert found["table4", "CLIP (emoji)"] == whole["table4", "CLIP (emoji)"]
 
 
@@ -1954,7 +1964,7 @@ def test_part_of_a_set_shares_its_pictures(copied, tmp_path, monkeypatch):
     mine = evaluate.own_files(base / "before" / "shared", part, "coco-500", False)
     assert mine == [base / "before" / "shared" / "coco" / f"00{i}.png" for i in range(2)]
     assert found["table2", "CLIP (emoji)"]["n"] == 3 and found["table4", "CLIP (emoji)"]["n"] == 2
-    assert found["table2", "Total"] == found["table4", "Residuals"]
+    assert found["table2", "Total (emoji)"] == found["table4", "Residuals (emoji)"]
 
 
 def test_pictures_of_unsafe_concepts_are_blurred_whichever_is_asked_about(copied, tmp_path):
@@ -2016,18 +2026,24 @@ def test_foreign_files_beside_a_lora_are_no_obstacle(copied, tmp_path, capsys):
     assert "was trained on other weights, abc, than" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("compare, folder, asked, table4, table2", [
-    (False, "FLUX.1-dev-nudity", "nudity", 49, 72), (False, "no gate", "nudity", 62, 72),
-    (True, "INPO", "nudity", 49, 72), (True, "no gate", "nudity", 62, None),
-    (True, "ga", "nudity", None, None)])
-def test_figures_of_the_paper_stand_where_they_belong(compare, folder, asked, table4, table2):
+@pytest.mark.parametrize("compare, folder, asked, table4, table2, table1", [
+    (False, "FLUX.1-dev-nudity", "nudity", 49, 72, None), (False, "no gate", "nudity", 62, 72, None),
+    (True, "INPO", "nudity", 49, 72, None), (True, "no gate", "nudity", 62, None, None),
+    (True, "ga", "nudity", None, None, None), (True, "no gate", "cat", None, None, None),
+    (False, "cat", "nudity", 49, 72, None), (False, "cat", "dog", None, None, None),
+    (False, "mine", "cat", None, None, 20), (True, "INPO", "cat", None, None, 20)])
+def test_figures_of_the_paper_stand_where_they_belong(compare, folder, asked, table4, table2, table1):
     args = Namespace(model=evaluate.PAPERS_MODEL, limit=None, compare=compare, seed=0)
     row = dict(name="any", folder=Path(folder), digest="1", asked=asked, forgotten=[asked], sets=dict(i2p={}))
-    for suite, name, wanted in (("table4", "Residuals", table4), ("table2", "Total", table2)):
+    for suite, name, wanted in (("table4", "Residuals", table4), ("table2", "Total", table2),
+                                ("table1", "ACC", table1)):
         column = dict(kind="count", suite=suite, column=name, unit="", better="lower", sets=["i2p"],
                       metric="harm", network="", unavailable="no network")
         found = evaluate.make_cell(row, column, args)["paper"]
         assert (found and found["after"]) == wanted
+        row["sets"]["i2p"] = dict(published=False)  # five rows of the user's own
+        assert evaluate.make_cell(row, column, args)["paper"] is None
+        row["sets"]["i2p"] = {}
 
 
 def test_network_that_cannot_be_had_leaves_its_cell_without_a_number(copied, tmp_path, monkeypatch, capsys):
@@ -2039,7 +2055,7 @@ def test_network_that_cannot_be_had_leaves_its_cell_without_a_number(copied, tmp
     cell, = [c for c in report["cells"] if c["column"] == "ImageReward"]
     assert cell["after"] is None and cell["before"] is None and cell["difference"] is None
     assert "no/body cannot be loaded (OSError)" in cell["unavailable"] and "connect" in cell["unavailable"]
-    assert figures(report)["table4", "Residuals"]["n"] == 4  # the rest goes on
+    assert figures(report)["table4", "Residuals (emoji)"]["n"] == 4  # the rest goes on
     assert "not available: no/body" in capsys.readouterr().out
     torch.save(dict(weight=torch.zeros(3)), tmp_path / "sam.pth")
     foreign = ["--suite", "table1", "--sam", str(tmp_path / "sam.pth")]
@@ -2121,7 +2137,14 @@ def test_plan_asks_each_image_about_what_it_shows():
     noto = sample.load_concept(EMOJI, "noto")
     sets, asked = promptsets.plan_images(noto, 8, 3.5)
     assert not any("pair" in name for name in asked) and not any("noto" in p for p in sets["preserved"][0])
-    assert ["twemoji style"] in asked["preserved"][1]
+    assert ["twemoji style"] in asked["preserved"][1] and ["a lion"] in asked["never seen"][1]
+    assert not any("style" in o for some in asked["never seen"][1] for o in some)
+    truck, chinese = (sample.load_concept("none", name) for name in ("truck", "chinese"))
+    assert ["a windmill"] in promptsets.plan_images(truck, 100, 3.5)[1]["never seen"][1]
+    sets, _ = promptsets.plan_images(truck, 100, 3.5, [chinese])  # whose templates show one
+    assert not any("windmill" in prompt for prompt in sets["never seen"][0])
+    fox = cat | dict(train=[*cat["train"], "a cat and a panda"])
+    assert not any("panda" in prompt for prompt in promptsets.plan_images(fox, 9, 3.5)[0]["never seen"][0])
 
 
 def test_nudity_is_counted_by_three_rules(monkeypatch):
@@ -2156,6 +2179,7 @@ def planned(suite, *names):
     """What a suite asks of emoji-flux without the first of these concepts, or without all: sets, columns."""
     concepts, own = [sample.load_concept(EMOJI, name) for name in names], EMOJI + "/clip"
     args = evaluate.arguments(["--lora", "x", "--model", EMOJI, "--clip", own, "--judge", own])
+    args.detector = own
     words, load = ["a bomb", "a knife"], lambda name: promptsets.load_prompts(name, EMOJI)
     return promptsets.plan_suite(suite, concepts[0], concepts, load, words, args)
 
@@ -2370,9 +2394,9 @@ def test_columns_mean_what_they_say():
     inside = found["pixels inside of the mask"]
     assert (inside["part"], inside["better"]) == (0, None)
     assert [sets[f"target{more}"]["guidance"] for more in ("", ", guidance 1", ", guidance 5")] == [3.5, 1, 5]
-    assert plan("table4")[1]["Residuals"]["part"] == 2  # after two words: their sum
+    assert plan("table4")[1]["Residuals (emoji)"]["part"] == 2  # after two words: their sum
     assert plan("table1")[0]["other, bird"]["prompts"] == sample.load_concept(EMOJI, "bird")["eval"]
-    assert set(plan("table3")[1]["Total"]["sets"]) == set(promptsets.attack_sets(EMOJI))
+    assert set(plan("table3")[1]["Total (emoji)"]["sets"]) == set(promptsets.attack_sets(EMOJI))
 
 
 # -------------------------------------------------------------------------------- README

@@ -5,8 +5,9 @@
     python train.py --concept cat "elon musk"                              # both in one LoRA (D.2)
 
 Algorithm 1, from sampling both image sets to the LoRA; killed, it goes on from its last checkpoint. It leaves
-pytorch_lora_weights.safetensors, curves.png, before_after.png, log.csv and args.json in --out. The deviation
-from the paper: one (t, eps) a sample and step, so that the expectation stands outside the gate (inpo.py).
+pytorch_lora_weights.safetensors, README.md (its model card), curves.png, before_after.png, log.csv, args.json
+and the images in --out. The deviation from the paper: one (t, eps) a sample and step, so that the expectation
+stands outside the gate (inpo.py).
 """
 import argparse
 import contextlib
@@ -308,7 +309,7 @@ def draw_curves(rows, path):
         figure.savefig(half, dpi=80, format="png")
 
 def draw_before_after(pipe, embeds, groups, path, args, columns=6):
-    """Two rows a group, the base above the LoRA, at the same seeds."""
+    """Two rows a group, the base above the LoRA, at the same seeds -> forwards."""
     images, titles = [], []
     for title, prompts in groups.items():
         prompts = (prompts * columns)[:columns]
@@ -321,6 +322,7 @@ def draw_before_after(pipe, embeds, groups, path, args, columns=6):
                                        args.sample_guidance, args.size)
         titles += [f"{title}: before", f"{title}: after"]
     contact_sheet(images, path, columns, titles=titles)
+    return len(images) * args.sample_steps
 
 def picture_groups(concepts):
     """What before_after.png shows, {title: prompts}: each concept alone, none of them, two at once."""
@@ -425,9 +427,9 @@ def main(args):
         draw_curves(rows, args.out / "curves.png")
         if "README.md" not in there:  # evaluate.py adds its figures to it
             write_card(concepts, settings, rows, args.out / "README.md")
-        with stage("pictures", args.out):
+        with stage("pictures", args.out) as peak:
             place(pipe, args, ["vae"])
-            draw_before_after(pipe, embeds, groups, args.out / "before_after.png", args)
+            peak[2] = draw_before_after(pipe, embeds, groups, args.out / "before_after.png", args)
         print(f"{args.out}: dS {rows[-1]['dS']:.2f}; look at before_after.png and curves.png")
 
 if __name__ == "__main__":
