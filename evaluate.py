@@ -93,6 +93,7 @@ ARGS = arguments() if __name__ == "__main__" else None  # before the slow import
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from accelerate import PartialState  # noqa: E402
 from diffusers import FluxPipeline, FluxTransformer2DModel  # noqa: E402
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE as WEIGHTS  # noqa: E402
 from diffusers.training_utils import free_memory  # noqa: E402
@@ -170,6 +171,11 @@ def read_rows(args):
             forgotten = args.concept or die(f"{run}: names no concept, give --concept")
         if settings.get("images"):  # own pictures need no prompt file, an evaluation does
             forgotten = args.concept or forgotten
+            if set(args.suite) <= HARM:
+                args.task = args.task or settings.get("task")
+            elif not (file := prompts_folder(args.model) / f"{forgotten[0]}.txt").exists():
+                die(f"--{flag} {folder}: was trained on your own pictures, and there is no {file}: give a "
+                    "file's name as --concept")
         if Path(base).name != Path(args.model).name:
             die(f"--{flag} {folder}: was trained on {base}, not on --model {args.model}")
         asked, forgotten = sorted({*(args.concept or forgotten)}), sorted(forgotten)  # in whatever order
@@ -295,8 +301,8 @@ def keep(folder, key, files, make):
     """What make() gave for these files the last time, kept in folder/scores.json, else what it gives now."""
     path = folder / "scores.json"
     kept = {}
-    with contextlib.suppress(OSError, ValueError):  # not there yet, or cut short: it is asked again
-        kept = json.loads(path.read_text())
+    with contextlib.suppress(OSError, ValueError, TypeError):  # not there, or cut short: it is asked again
+        kept = dict(json.loads(path.read_text()))
     stamp = zlib.crc32(str([(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]).encode())
     if kept.get(key, {}).get("stamp") != stamp:
         kept[key] = dict(stamp=stamp, found=make())
@@ -536,8 +542,13 @@ def evaluate(args, lines):
     known = {*SETS, *own_sets(args.model)}
     if wrong := [name for name, path in given.items() if name not in known or not path]:
         die(f"--prompt-set {wrong[0]}: is no NAME=CSV with a NAME of {', '.join(sorted(known))}")
-    prompts_of = functools.cache(
-        lambda name: load_prompts(name, args.model, given.get(PARTS.get(name, name))))
+    taken = set()
+
+    @functools.cache
+    def prompts_of(name):
+        taken.add(whole := PARTS.get(name, name))
+        return load_prompts(name, args.model, given.get(whole))
+
     # what I2P is asked about: nudity, unless a model's own prompts are about something else
     *_, harm = own_sets(args.model).get("i2p", [""])
     asks = HARM & set(args.suite)
@@ -551,6 +562,9 @@ def evaluate(args, lines):
             sets, columns = plan_suite(suite, concepts[row["asked"]], forgotten, prompts_of, words, args)
             row["sets"] |= sets  # of the same name are the same pictures, whatever the suite
             row["columns"] += columns
+    if spare := sorted(given.keys() - taken):
+        die(f"--prompt-set {spare[0]}: no suite of {', '.join(args.suite)} asks it; they ask "
+            f"{', '.join(sorted(taken)) or 'none'}")
     jobs = plan_jobs(rows, args)
     if args.list:
         asked = {row["name"] for row in (rows[:1] if args.compare else rows)}  # --compare: the same of all
@@ -571,6 +585,8 @@ def evaluate(args, lines):
         for prompts, parts in in_rounds(todo.values(), args.sample_batch):
             sample_round(prompts, parts, loras, args)
             free_memory()
+    if not PartialState().is_main_process:  # of accelerate launch, which shares the sampling
+        return
     with stage("evaluate: score", args.out):
         matrices = score_all(rows, jobs, concepts, words, args)
         broken = sorted({file for job in tqdm(jobs.values(), desc="read again") for file in unreadable(job)})

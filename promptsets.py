@@ -112,10 +112,10 @@ def load_prompts(name, model, source=None):
     NotAvailable says what to do where a set cannot be had; a local file of no use ends the run."""
     whole = PARTS.get(name, name)
     title, _, size, column = SETS.get(whole, (whole, None, None, "prompt"))
-    own = None if source else own_sets(model).get(whole)
+    own = own_sets(model).get(whole)
     if own:  # it is no published set, whatever its name
-        source, title, _ = own
-        size, column = None, "prompt"
+        file, title, _ = own
+        source, size, column = source or file, None, "prompt"
     files = [Path(source)] if source else published(whole)
 
     def fail(why):

@@ -170,6 +170,8 @@ def guarded(main, args):
         os._exit(141)
     except Exception as error:  # a full disk, say; the hub's HTTP and the loaders have classes of their own
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if "inline_container" in said:  # torch.save's name for it
+            said = "a checkpoint cannot be written: is the disk full?"
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or OUT_OF_MEMORY.search(said):
             if "quantize" not in args:  # mask.py, bench.py
                 die("out of memory; python bench.py --plan says what each stage needs", 1)
@@ -492,9 +494,12 @@ def check_settings(path, settings, what, instead="use another --out"):
     if path.exists():
         made = read_settings(path, instead)
         settings = json.loads(json.dumps(settings, default=str))  # as the file has them
-        for key in sorted(settings.keys() | made.keys()):
-            if made.get(key) != settings.get(key):
-                was, now = (textwrap.shorten(str(row.get(key)), 120) for row in (made, settings))
+        for key in sorted(settings.keys() | made.keys(), key=lambda key: ("." in key, key)):  # flags first
+            was, now = two = made.get(key), settings.get(key)
+            if was != now:
+                if isinstance(was, list) and isinstance(now, list):  # from where on they differ
+                    two = [some[len(os.path.commonprefix(two)):] for some in two]
+                was, now = (textwrap.shorten(str(one), 120) for one in two)
                 die(f"{what}: was made with {key} = {was}, not {now}: {instead}")
 
 def keep_settings(path, settings, **more):
@@ -562,7 +567,10 @@ def whole(path):
     half = path.with_suffix(f".{os.getpid()}.tmp")  # two evaluations may share a folder
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
+        half.touch()
+        mode = half.stat().st_mode
         yield half
+        half.chmod(mode)  # safetensors' files are their owner's only
         os.replace(half, path)
     finally:
         half.unlink(missing_ok=True)
@@ -681,12 +689,18 @@ def check_set(folder, concept, prompts, count, args, **made_by):
     user's own pictures in its place, and masks, may not change."""
     if isinstance(count, list):
         files = [path for file, _ in count for path in (file, file.with_suffix(".mask.png"))]
-        made_by["own"] = fingerprint(path for path in files if path.exists())
+        made_by["own pictures"] = fingerprint(path for path in files if path.exists())
     flags = "weights seed size sample_batch sample_steps sample_guidance dtype quantize".split()
     settings = dict(model=Path(args.model).name, concept=concept, prompts=prompts,
                     **{flag: getattr(args, flag) for flag in flags}, **made_by)
     flag = "preserve-dir" if folder.parent == getattr(args, "preserve_dir", None) else "out"
-    instead = f"use another --{flag}, or " * (not made_by.get("lora")) + f"delete {shlex.quote(str(folder))}"
+    instead = f"delete {shlex.quote(str(folder))}"
+    if made_by.get("lora"):
+        instead += f", or all of {shlex.quote(str(folder.parents[1]))}"
+    elif (args.out / "args.json").exists():  # what was trained on them would not be trained anew
+        instead = f"use another --{flag}"
+    else:
+        instead = f"use another --{flag}, or {instead}"
     check_settings(folder / "settings.json", settings, folder, instead)
     return settings
 
@@ -741,9 +755,9 @@ def plan_sets(concepts, args):
     others = {other: [p for t in c["preserve"] if not mentions(p := t.replace("{}", other), concepts)]
               for c in concepts for other in c["neighbours"] + c["unrelated"]}
     preserve = {name: (folder / name, name, said, args.n_preserve) for name, said in others.items() if said}
-    if args.preserve and len(preserve) < len(others):
-        print(f"--preserve {args.preserve}: {len(others) - len(preserve)} of {len(others)} prompts dropped, "
-              "they name what is forgotten")
+    if dropped := [name for name in others if name not in preserve]:
+        print(f"to preserve: {len(dropped)} of {len(others)} dropped, they name what is forgotten: " +
+              textwrap.shorten(", ".join(dropped), 120))
     if args.preserve and preserve:  # a file of many lines: one set, of as many images as eight concepts have
         count = max(len(preserve), 8 * args.n_preserve)
         preserve = {"": (folder / args.preserve.stem, args.preserve.stem, list(preserve), count)}

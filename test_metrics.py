@@ -716,6 +716,8 @@ def test_i2p_as_published(tmp_path, capsys):
     part = load_prompts("i2p-sexual", FLUX, path)
     assert (part["name"], part["rows"], part["n"]) == ("i2p", found["rows"], 3)
     assert part["dropped"] == {"girl": 1, "(empty)": 1}
+    own = write(tmp_path / "own.csv", "prompt,evaluation_seed\na bomb,5\n")  # like the model's
+    assert load_prompts("i2p-sexual", EMOJI, own)["rows"] == [("a bomb", 5)]
     write(path, I2P.format("sd_seed") + i2p_row(5, "a dog", "hate", 11))
     assert "no prompt left" in refusal(lambda: load_prompts("i2p-sexual", FLUX, path), capsys)
 
@@ -851,7 +853,7 @@ def test_a_gap_among_a_sets_own_seeds_gets_one_of_ours(tmp_path):
     (model / "promptsets").mkdir(parents=True)
     write(model / "promptsets" / "i2p.csv", "prompt,evaluation_seed\na bomb,5\na knife,\na bomb,7\n")
     write(model / "promptsets" / "coco.csv", "prompt\n" + "a house\n" * 501)
-    args = Namespace(model=str(model), clip="c", judge="j", sample_guidance=3.5, limit=None,
+    args = Namespace(model=str(model), clip="c", judge="j", detector="d", sample_guidance=3.5, limit=None,
                      image_reward=None)
     sets, _ = promptsets.plan_suite("table4", None, [], lambda name: load_prompts(name, str(model)),
                                     ["a bomb"], args)

@@ -54,7 +54,7 @@ def run_train(out, *more, concept="cat", pictures=False):
     given = ["--model", EMOJI, "--concept", concept, "--out", str(out), *SMALL, *more]
     with pytest.MonkeyPatch.context() as patch:
         if not pictures:
-            patch.setattr(train, "draw_before_after", lambda *_: None)
+            patch.setattr(train, "draw_before_after", lambda *_: 0)
         train.guarded(train.main, train.arguments(given))
 
 
@@ -475,7 +475,7 @@ def test_guidance_is_distilled_into_the_model():
 # -------------------------------------------------------------------------------- sampling and masks
 
 SETTINGS = dict(model="m", weights="", seed=0, size=64, sample_steps=3, sample_guidance=3.5, sample_batch=5,
-                dtype=torch.float32, quantize="none")
+                dtype=torch.float32, quantize="none", out=Path("none"))
 
 
 def test_guidance_and_the_whole_prompt_reach_the_pictures():
@@ -737,7 +737,11 @@ def test_preserved_prompts_that_name_the_concept_are_counted(tmp_path, capsys):
     args = train.arguments([*given, "--preserve", str(tmp_path / "keep.txt")])
     _, (one,) = sample.plan_sets(sample.setup(args), args)
     assert one[2] == ["a dog", "a truck"]
-    assert "1 of 3 prompts dropped, they name what is forgotten" in capsys.readouterr().out
+    assert "1 of 3 dropped, they name what is forgotten: a cat on a mat" in capsys.readouterr().out
+    concept = sample.load_concept(EMOJI, "cat") | dict(detect=["a cat", "a fox"])  # a word to help it
+    sample.setup(args := train.arguments(given))
+    sample.plan_sets([concept], args)
+    assert "1 of 8 dropped, they name what is forgotten: a fox" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("model, names", [(EMOJI, ("cat", "fluent")), ("none", ("cat", "van gogh"))])
@@ -986,6 +990,29 @@ def test_resumed_run_preserves_what_it_preserved(trained, monkeypatch, capsys):
     known = sample.load_concept
     monkeypatch.setattr(sample, "load_concept", lambda *given: known(*given) | dict(neighbours=["a bear"]))
     assert "made with preserved" in refusal(lambda: run_train(trained, "--save-every", "6"), capsys)
+    monkeypatch.setattr(sample, "load_concept", lambda *given: known(*given) | dict(detect=["a pet"]))
+    assert "made with cat.detect" in refusal(lambda: run_train(trained, "--save-every", "6"), capsys)
+
+
+def test_changed_prompt_is_shown_and_another_count_named_by_its_flag(trained, monkeypatch, capsys):
+    known = sample.load_concept
+    assert "made with steps = 12, not 14" in refusal(lambda: run_train(trained, "--steps", "14"), capsys)
+
+    def load(*given):
+        concept = known(*given)
+        return concept | dict(train=[*concept["train"][:-1], "a cat on a hat"])
+
+    monkeypatch.setattr(sample, "load_concept", load)
+    line = refusal(lambda: run_train(trained, "--save-every", "6"), capsys)
+    assert "not ['a cat on a hat']: use another --out" in line and "delete" not in line
+
+
+def test_log_that_is_lost_is_written_again(trained, tmp_path):
+    shutil.copytree(trained, out := tmp_path / "cat")
+    (out / "log.csv").unlink()
+    run_train(out, "--save-every", "6")
+    assert (out / "log.csv").read_bytes() == (trained / "log.csv").read_bytes()
+    assert (out / WEIGHTS).stat().st_mode == (out / "log.csv").stat().st_mode  # others may read it, too
 
 
 def test_checkpoint_before_the_last_is_used_only_if_asked_for(trained, tmp_path, capsys):
@@ -1272,7 +1299,18 @@ def test_your_own_pictures_without_a_prompt_file(tmp_path, capsys):
     assert (out / WEIGHTS).exists()
     curve, cost = evaluate.read_run(dict(folder=out, name="mine"))  # a comma stays within its field
     assert curve["step"] == [0, 1] and cost["forwards"] == 16 * 2 + 2 * 4 * 3
-    shutil.rmtree(out / "forget")
+    asks = evaluate.arguments(["--model", EMOJI, "--lora", str(out), "--suite", "table3"])
+    asks.lora = asks.lora or asks.compare
+    assert (evaluate.read_rows(asks)[0]["asked"], asks.task) == ("a cat, asleep", "object")
+    asks = evaluate.arguments(["--model", EMOJI, "--lora", str(out)])
+    assert "give a file's name as --concept" in refusal(lambda: evaluate.read_rows(asks), capsys)
+    picture, kept = sorted(mine.glob("0.*"))[0], (out / WEIGHTS).read_bytes()
+    Image.new("RGB", (70, 70), "red").save(picture)  # another one
+    for _ in range(2):  # what was trained on the old ones is no run to go on with
+        line = refusal(lambda: run_train(out, *own, concept="a cat, asleep"), capsys)
+        assert "not" in line and line.endswith("use another --out") and (out / WEIGHTS).read_bytes() == kept
+        shutil.rmtree(out / "forget", ignore_errors=True)
+    assert "made with sets = " in line
     own[own.index("object")] = "style"
     whole = Image.new("L", (96, 80), 255)
     whole.save(mine / "5.mask.png")
@@ -1294,7 +1332,7 @@ def test_a_mask_of_your_own_that_comes_later_is_not_ignored(tmp_path, capsys):
     region = np.zeros((64, 64), np.uint8)
     region[:9] = 255
     Image.fromarray(region).save(mine / "000.mask.png")
-    assert "own = " in refusal(lambda: sample.plan_sets(concepts, args), capsys)
+    assert "own pictures = " in refusal(lambda: sample.plan_sets(concepts, args), capsys)
 
 
 def test_preserve_file_may_lie_among_your_own_pictures(tmp_path):
@@ -2085,6 +2123,7 @@ def test_lora_of_a_concept_without_a_file_is_asked_what_is_not_about_it(copied, 
     ("--lora {run} --suite table8 --suite table2", "forget several concepts"),
     ("--lora {run} --lora {run}", "one LoRA twice"),
     ("--lora {run} --prompt-set i2p=x --prompt-set i2p=y", "gives a set twice"),
+    ("--lora {run} --suite table3 --prompt-set mma=x", "mma: no suite of table3 asks it; they ask paraph"),
     ("--lora {bare} --concept gnome --task ip --suite table1 table4", "table1 asks about the"),
     ("--compare {run} {both} --concept cat", "forget the same, these forget cat, cat + dog"),
     ("--compare {run} {run}", "names one LoRA twice"), ("--lora {run} --report LICENSE/x", "--report"),

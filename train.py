@@ -19,10 +19,10 @@ import shutil
 import time
 import zlib
 
-from sample import (ROOT, check_plan, check_settings, contact_sheet, data_flags, die, encode_prompts,
-                    generate, guarded, keep_settings, load_denoiser, lock, mask_flags, mentions, model_flags,
-                    number, open_image, place, plan_sets, sample_all, seed_of, setup, stage, whole,
-                    write_text)
+from sample import (ROOT, check_plan, check_set, check_settings, contact_sheet, data_flags, die,
+                    encode_prompts, generate, guarded, keep_settings, load_denoiser, lock, mask_flags,
+                    mentions, model_flags, number, open_image, place, plan_sets, sample_all, seed_of, setup,
+                    stage, whole, write_text)
 
 # Table 6; lr 0.7 means Prodigy's, AdamW has its own default below
 TABLE6 = dict(object=dict(steps=300, eta=1.0, gamma=3.0, tau=0.1, lambda_prior=0.6),
@@ -280,16 +280,20 @@ def train(pipe, forget, preserve, embeds, presets, args, stamp=None):
                 with whole(previous) as half:
                     shutil.copyfile(checkpoint, half)
             source = checkpoint
-            with whole(args.out / "log.csv") as half, open(half, "w", encoding="utf-8", newline="") as file:
-                lines = csv.DictWriter(file, rows[0], lineterminator="\n")
-                lines.writeheader()
-                lines.writerows(rows)
+            write_log(rows, args.out / "log.csv")
             with whole(checkpoint) as half:  # last: what it finds done is not done again
                 torch.save(dict(lora=get_peft_model_state_dict(transformer), step=step + 1, rows=rows,
                                 optimizer=optimizer.state_dict(), stamp=stamp), half)
     if main_process:
+        write_log(rows, args.out / "log.csv")
         save_lora(transformer, args.out)
     return rows
+
+def write_log(rows, path):
+    with whole(path) as half, open(half, "w", encoding="utf-8", newline="") as file:
+        lines = csv.DictWriter(file, rows[0], lineterminator="\n")
+        lines.writeheader()
+        lines.writerows(rows)
 
 def draw_curves(rows, path):
     figure = Figure((12, 6), layout="constrained")
@@ -379,6 +383,10 @@ def main(args):
     settings = {k: v for k, v in vars(args).items() if k not in apart}
     settings["processes"] = PartialState().num_processes  # --batch is each one's
     settings["preserved"] = [name for _, name, *_ in preserve]
+    made = [check_set(*one, args) for one in forget + preserve]
+    shown = [(one["concept"], one["prompts"], one.get("own pictures")) for one in made]  # and their masks
+    settings["sets"] = f"{zlib.crc32(json.dumps(shown).encode()):08x}"
+    settings |= {f"{concept['name']}.detect": concept["detect"] for concept in concepts}
     settings |= {f"{c['name']}.{k}": v for c, preset in zip(concepts, table6) for k, v in preset.items()}
     stamp = zlib.crc32(json.dumps(settings, sort_keys=True, default=str).encode())
     # before a checkpoint, images and masks check their own settings
