@@ -183,7 +183,8 @@ def read_rows(args):
         if not alone or not set(asked) <= set(forgotten):
             die(f"{folder}: has forgotten {', '.join(forgotten)}: give one of them as --concept")
         digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()  # another LoRA, other pictures
-        rows.append(dict(folder=folder, digest=digest, forgotten=forgotten, asked=asked[0],
+        given = [f"--{key}" for key in ("images", "prompts", "preserve") if settings.get(key)]
+        rows.append(dict(folder=folder, digest=digest, forgotten=forgotten, asked=asked[0], given=given,
                          weights=settings.get("weights")))
     said = sorted({" + ".join(row["forgotten"]) for row in rows})
     if args.compare and len(said) > 1 and not set(args.suite) <= HARM:  # whose prompts are the same for all
@@ -596,6 +597,8 @@ def evaluate(args, lines):
     for row in rows:
         if kept := [name.split(", ")[1] for name, one in row["sets"].items() if one.get("preserved")]:
             notes.append(f"{row['name']}: its preserve set has {' and '.join(kept)}, of its category, too.")
+        if given := row.get("given"):
+            notes.append(f"{row['name']}: its {' and '.join(given)} may hold what is called never seen.")
     public = sorted({name for row in rows for name, one in row["sets"].items() if "seeds" in one})
     report = dict(
         version=VERSION, command=shlex.join(["python", "evaluate.py", *sys.argv[1:]]), model=args.model,

@@ -1046,7 +1046,7 @@ def test_full_disk_is_one_line_and_leaves_no_half_file(trained, tmp_path):
                           preexec_fn=small_files_only)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     line, = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert "the same command goes on from there" in line
+    assert "is the disk full?" in line and "the same command goes on from there" in line
     assert not (out / "checkpoint.pt").exists() and not list(out.rglob("*.tmp"))
 
 
@@ -1301,7 +1301,8 @@ def test_your_own_pictures_without_a_prompt_file(tmp_path, capsys):
     assert curve["step"] == [0, 1] and cost["forwards"] == 16 * 2 + 2 * 4 * 3
     asks = evaluate.arguments(["--model", EMOJI, "--lora", str(out), "--suite", "table3"])
     asks.lora = asks.lora or asks.compare
-    assert (evaluate.read_rows(asks)[0]["asked"], asks.task) == ("a cat, asleep", "object")
+    row, = evaluate.read_rows(asks)
+    assert (row["asked"], row["given"], asks.task) == ("a cat, asleep", ["--images", "--preserve"], "object")
     asks = evaluate.arguments(["--model", EMOJI, "--lora", str(out)])
     assert "give a file's name as --concept" in refusal(lambda: evaluate.read_rows(asks), capsys)
     picture, kept = sorted(mine.glob("0.*"))[0], (out / WEIGHTS).read_bytes()
@@ -2434,6 +2435,9 @@ def test_columns_mean_what_they_say():
     assert (inside["part"], inside["better"]) == (0, None)
     assert [sets[f"target{more}"]["guidance"] for more in ("", ", guidance 1", ", guidance 5")] == [3.5, 1, 5]
     assert plan("table4")[1]["Residuals (emoji)"]["part"] == 2  # after two words: their sum
+    kept = {name: planned("table1", name)[0] for name in ("airplane", "ghost")}  # which the report notes
+    assert [one["preserved"] for sets in kept.values() for name, one in sets.items() if "other" in name] == [
+        False, True, True, True]  # the cat, the bird; the robot, the alien
     assert plan("table1")[0]["other, bird"]["prompts"] == sample.load_concept(EMOJI, "bird")["eval"]
     assert set(plan("table3")[1]["Total (emoji)"]["sets"]) == set(promptsets.attack_sets(EMOJI))
 
