@@ -597,8 +597,8 @@ def evaluate(args, lines):
     for row in rows:
         if kept := [name.split(", ")[1] for name, one in row["sets"].items() if one.get("preserved")]:
             notes.append(f"{row['name']}: its preserve set has {' and '.join(kept)}, of its category, too.")
-        if given := row.get("given"):
-            notes.append(f"{row['name']}: its {' and '.join(given)} may hold what is called never seen.")
+        if own := row.get("given"):
+            notes.append(f"{row['name']}: its {' and '.join(own)} may hold what is called never seen.")
     public = sorted({name for row in rows for name, one in row["sets"].items() if "seeds" in one})
     report = dict(
         version=VERSION, command=shlex.join(["python", "evaluate.py", *sys.argv[1:]]), model=args.model,
