@@ -364,7 +364,8 @@ def measure_step(args, rounds=20):
             took.append((1e3 * (time.perf_counter() - start), memory / 2**20))
     mine, other = (torch.tensor(rows).median(0).values.tolist() for *_, rows in sides.values())
     for what, a, b, unit in zip(("time", "memory above idle"), mine, other, ("ms", "MiB")):
-        print(f"{what}: train.py {a:.0f}, bare loop {b:.0f} {unit}, ratio {a / b:.3f}")
+        ratio = f"{a / b:.3f}" if b >= 1 else "too small to tell"
+        print(f"{what}: train.py {a:.0f}, bare loop {b:.0f} {unit}, ratio {ratio}")
 
 def write_networks(model, out):
     """A pipeline's networks with random weights in bf16, as FluxPipeline loads them; a shard at a time is in

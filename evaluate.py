@@ -66,7 +66,7 @@ def arguments(given=None):
                       help="several LoRAs of one concept, and their differences from each other")
     what.add_argument("--images", type=Path, metavar="DIR", dest="pictures",
                       help="pictures made elsewhere, in DIR/SET/: with a manifest.json like sample.py's, or "
-                           "by name in the order of the prompts")
+                           "numbered in the order of the prompts")
     parser.add_argument("--suite", nargs="+", action="extend", choices=[*SUITES, "all"], metavar="SUITE",
                         help=f"{', '.join(SUITES)}, all: the paper's tables (default: concept, our figures)")
     parser.add_argument("--report", type=Path, help="where the report goes (default: beside the LoRA, or "
@@ -229,9 +229,14 @@ def own_files(folder, one, name, alone):
         if wrong := next((file for (file, mine), prompt in zip(listed, said) if mine != prompt), None):
             die(f"--images: {wrong} has another prompt in manifest.json than {name}: see --list")
         files = [file for file, _ in listed]
-    else:  # 2.png before 10.png
+    else:  # by the last number of their names: 2.png before 10.png
         files = [f for f in folder.glob("*") if f.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")]
-        files.sort(key=lambda f: [int(t) if t.isdigit() else t for t in re.split(r"(\d+)", f.stem)])
+        numbers = {f: int((re.findall(r"\d+", f.stem) or [-1])[-1]) for f in files}
+        files.sort(key=numbers.get)
+        first = 1 if files and numbers[files[0]] == 1 else 0
+        if odd := [f for i, f in enumerate(files, first) if numbers[f] != i]:  # all after it would shift
+            die(f"--images {odd[0]}: is not numbered as the next, from 0 or 1 on: mend it, or write a "
+                "manifest.json")
     files = [file for file in files[:one["n"]] if file.exists()]
     if len(files) < one["n"]:
         die(f"--images {folder}: holds {len(files)} of the {one['n']} pictures of {name}; see --list for "
@@ -614,8 +619,9 @@ def evaluate(args, lines):
     show(report, folder)
     print(f"\nlook at {folder / 'report.html'}")
     if broken:
-        die(f"{len(broken)} pictures cannot be read and were left out: {', '.join(broken[:3])}; "
-            "delete them and run the same command again", 1)
+        how = "draw them again (--list), then" if args.pictures else "delete them and"
+        die(f"{len(broken)} of the pictures cannot be read and were left out: {', '.join(broken[:3])}; {how} "
+            "run the same command again", 1)
 
 def show(report, folder):
     """The figures on stdout and in the model card that train.py has written; a contact sheet."""

@@ -157,15 +157,16 @@ OUT_OF_MEMORY = re.compile("out of memory|not enough memory|can't allocate memor
 
 def guarded(main, args):
     """main(args), where what goes wrong during work becomes one line that says how to go on."""
-    go_on = "what is finished is kept, and the same command goes on from there"
+    go_on = "; what is finished is kept, and the same command goes on from there"
+    go_on *= not hasattr(args, "work")  # bench.py keeps nothing
     # a job's time is over, or another process of accelerate launch has died
-    signal.signal(signal.SIGTERM, lambda *_: die(f"terminated; {go_on}", 143))
+    signal.signal(signal.SIGTERM, lambda *_: die(f"terminated{go_on}", 143))
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as a shell has it for a job in the background
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main(args)
     except KeyboardInterrupt:
-        die(f"interrupted; {go_on}", 130)
+        die(f"interrupted{go_on}", 130)
     except BrokenPipeError:  # who reads the output has seen enough, as head does
         os._exit(141)
     except Exception as error:  # a full disk, say; the hub's HTTP and the loaders have classes of their own
@@ -179,7 +180,7 @@ def guarded(main, args):
             print("out of memory: planning which flags need less ...")
             die(f"out of memory; {savings(args)}", 1)
         if isinstance(error, (OSError, RuntimeError, SafetensorError)):
-            die(f"{said}; {go_on}", 1)
+            die(f"{said}{go_on}", 1)
         ours = [f for f in traceback.extract_tb(error.__traceback__) if ROOT in Path(f.filename).parents]
         place = f"{Path(ours[-1].filename).name}:{ours[-1].lineno}"
         die(f"{said} ({type(error).__name__}, {place}); what is finished is kept", 1)

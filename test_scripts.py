@@ -1007,10 +1007,12 @@ def test_changed_prompt_is_shown_and_another_count_named_by_its_flag(trained, mo
     assert "not ['a cat on a hat']: use another --out" in line and "delete" not in line
 
 
-def test_log_that_is_lost_is_written_again(trained, tmp_path):
+def test_log_that_is_lost_is_written_again(trained, tmp_path, capsys):
     shutil.copytree(trained, out := tmp_path / "cat")
     (out / "log.csv").unlink()
+    (out / "step-6" / WEIGHTS).unlink()  # an evaluation's pictures may lie there still
     run_train(out, "--save-every", "6")
+    assert "steps 6 to 6 are past and were not kept" in capsys.readouterr().out
     assert (out / "log.csv").read_bytes() == (trained / "log.csv").read_bytes()
     assert (out / WEIGHTS).stat().st_mode == (out / "log.csv").stat().st_mode  # others may read it, too
 
@@ -1916,10 +1918,18 @@ def test_pictures_made_elsewhere_are_scored_like_a_loras(copied, tmp_path, monke
     manifest = json.loads((mine / "rephrased" / "manifest.json").read_text())
     assert [(row["seed"], row["prompt"]) for row in listed] == [(m["seed"], m["prompt"]) for m in manifest]
     for file in mine.glob("rephrased/*.json"):
-        file.unlink()  # without a manifest: by name, 9 before 10
+        file.unlink()  # without a manifest: by number, 9 before 10
     for number, file in enumerate(sorted(mine.glob("rephrased/*.png"))):
-        file.rename(file.with_name(f"{number + 8}.png"))
+        file.rename(file.with_name(f"img_{number + 1}.png"))
+    for number in range(5, 12):  # more than are asked for
+        shutil.copy(file.with_name("img_1.png"), file.with_name(f"img_{number}.png"))
     assert figures(evaluation(None, copied / "base", *given)) == wanted
+    for odd in ("grid.png", "img_13.png", "img_3 (1).png"):  # each would shift what is behind it
+        shutil.copy(file.with_name("img_1.png"), file.with_name(odd))
+        assert odd in refusal(lambda: evaluation(None, copied / "base", *given), capsys)
+        file.with_name(odd).unlink()
+    file.with_name("img_2.png").unlink()
+    assert "img_3.png" in refusal(lambda: evaluation(None, copied / "base", *given), capsys)
     shutil.rmtree(mine / "rephrased")  # the frozen model's own, of another seed: the noise floor
     shutil.copytree(copied / "base" / "again" / "cat" / "rephrased", mine / "rephrased")
     rows = json.loads((mine / "rephrased" / "manifest.json").read_text())
@@ -1933,7 +1943,7 @@ def test_pictures_made_elsewhere_are_scored_like_a_loras(copied, tmp_path, monke
     broken = mine / "rephrased" / "002.png"
     broken.write_bytes(broken.read_bytes()[:60])
     line = refusal(lambda: evaluation(None, copied / "base", *given), capsys, code=1)
-    assert "1 pictures cannot be read" in line and "002.png" in line
+    assert "1 of the pictures cannot be read" in line and "002.png; draw them again" in line
     report = json.loads((copied / "base" / "report" / "report.json").read_text())
     assert figures(report)["table12", "rephrased"]["n"] == 3 and report["broken"] == [str(broken)]
 
@@ -1944,7 +1954,7 @@ def test_pictures_made_elsewhere_are_scored_like_a_loras(copied, tmp_path, monke
     for file in copied.rglob("rephrased/scores.json"):
         file.unlink()
     line = refusal(lambda: evaluation(None, copied / "base", *given), capsys, code=1)
-    assert "1 pictures cannot be read" in line and "002.png" in line  # though nothing was asked about it
+    assert "1 of the pictures cannot be read" in line and "002.png" in line  # though nothing was asked about it
 
 
 def test_group_of_which_no_picture_can_be_read_has_an_empty_row_in_the_matrix(copied, tmp_path, capsys):
@@ -1953,7 +1963,7 @@ def test_group_of_which_no_picture_can_be_read_has_an_empty_row_in_the_matrix(co
     broken.write_bytes(broken.read_bytes()[:60])
     given = ["--suite", "concept", "table1"]
     line = refusal(lambda: evaluation(tmp_path / "run", copied / "base", *given), capsys, code=1)
-    assert "1 pictures cannot be read" in line and "preserved/000.png" in line
+    assert "1 of the pictures cannot be read" in line and "preserved/000.png" in line
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert figures(report)["concept", "preserved"]["n"] == 3
     before, after = report["matrices"]
@@ -1964,7 +1974,7 @@ def test_group_of_which_no_picture_can_be_read_has_an_empty_row_in_the_matrix(co
         broken.write_bytes(b"")
     line = refusal(lambda: evaluation(tmp_path / "run", copied / "base", *given), capsys, code=1)
     report = json.loads((tmp_path / "run" / "report.json").read_text())
-    assert "4 pictures cannot be read" in line and figures(report)["concept", "preserved"]["value"] is None
+    assert "4 of the pictures cannot be read" in line and figures(report)["concept", "preserved"]["value"] is None
     assert figures(report)["concept", "target"]["n"] == 4
 
 
