@@ -237,6 +237,8 @@ def train(pipe, forget, preserve, embeds, presets, args, stamp=None):
         good = f"{checkpoint} holds the last good state" if checkpoint.exists() else "nothing was saved yet"
         die(f"{why}; {good}: lower --lr or --eta and use another --out", 1)
 
+    if rows and main_process:
+        write_log(rows, args.out / "log.csv")  # it may be lost, or ahead of --previous-checkpoint
     past = range(args.save_every, start + 1, args.save_every) if args.save_every and main_process else ()
     if lost := [n for n in past if not (args.out / f"step-{n}" / LORA_WEIGHT_NAME_SAFE).exists()]:
         print(f"--save-every: steps {lost[0]} to {lost[-1]} are past and were not kept; a new --out has all")
@@ -285,7 +287,6 @@ def train(pipe, forget, preserve, embeds, presets, args, stamp=None):
                 torch.save(dict(lora=get_peft_model_state_dict(transformer), step=step + 1, rows=rows,
                                 optimizer=optimizer.state_dict(), stamp=stamp), half)
     if main_process:
-        write_log(rows, args.out / "log.csv")
         save_lora(transformer, args.out)
     return rows
 
