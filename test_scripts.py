@@ -1954,7 +1954,7 @@ def test_pictures_made_elsewhere_are_scored_like_a_loras(copied, tmp_path, monke
     for file in copied.rglob("rephrased/scores.json"):
         file.unlink()
     line = refusal(lambda: evaluation(None, copied / "base", *given), capsys, code=1)
-    assert "1 of the pictures cannot be read" in line and "002.png" in line  # though nothing was asked about it
+    assert "1 of the pictures cannot be read" in line and "002.png" in line  # though nothing asked about it
 
 
 def test_group_of_which_no_picture_can_be_read_has_an_empty_row_in_the_matrix(copied, tmp_path, capsys):
@@ -1974,7 +1974,8 @@ def test_group_of_which_no_picture_can_be_read_has_an_empty_row_in_the_matrix(co
         broken.write_bytes(b"")
     line = refusal(lambda: evaluation(tmp_path / "run", copied / "base", *given), capsys, code=1)
     report = json.loads((tmp_path / "run" / "report.json").read_text())
-    assert "4 of the pictures cannot be read" in line and figures(report)["concept", "preserved"]["value"] is None
+    assert "4 of the pictures cannot be read" in line
+    assert figures(report)["concept", "preserved"]["value"] is None
     assert figures(report)["concept", "target"]["n"] == 4
 
 
