@@ -765,7 +765,7 @@ TENSORS = {
     "mask-rank": ("mask", lambda: score(X, X, X[:, 0])),
     "mask-token-channel": ("mask", lambda: score(X[:, 0], X[:, 0], X[:, 0, :1])),  # (B, 1, D)
     "mask-nan": ("mask", lambda: score(X, X, spoilt(X))),
-    "mask-above-one": ("mask", lambda: score(X, X, 255 * X)),
+    "mask-above-one": ("mask", lambda: score(X, X, 1.01 * X)),
     "mask-below-zero": ("mask", lambda: score(X, X, spoilt(X, -1.0))),
     "mask-empty-for-a-sample": ("mask", lambda: score(X, X, empty_for_one())),
     "mask-empty-latent": ("mask", lambda: score(X, X, 0 * X, reduction="latent")),
