@@ -4,7 +4,6 @@
     python bench.py --memory --model emoji-flux        # the plan beside what train.py's stages take
     python bench.py --step --model emoji-flux          # train.py's step beside a bare loop of the same work
     python bench.py --proof                            # 11.9 B weights in int8, two steps of INPO, 14 GiB
-    python bench.py --stand-in --out flux-sized        # 34 GB of random weights, to try a card with
 
 Nothing is downloaded but configs, and for FLUX.1 not even those. A plan runs the real networks on tensors
 that have shapes and no memory, and counts what lives at once.
@@ -20,16 +19,16 @@ import time
 import weakref
 from pathlib import Path
 
-from sample import (ROOT, WEIGHT_BYTES, check_folder, check_size, die, generate, guarded, load_denoiser,
-                    number, peak_memory, place, stage, write_text)
+from sample import (WEIGHT_BYTES, check_size, die, generate, guarded, load_denoiser, number, peak_memory,
+                    place, stage)
 
 def arguments(given=None):
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.error = die
     what = parser.add_mutually_exclusive_group(required=True)
-    for flag in ("plan", "memory", "step", "proof", "stand-in"):
-        what.add_argument(f"--{flag}", dest="work", action="store_const", const=flag.replace("-", "_"))
+    for flag in ("plan", "memory", "step", "proof"):
+        what.add_argument(f"--{flag}", dest="work", action="store_const", const=flag)
     parser.add_argument("--model", default="black-forest-labs/FLUX.1-dev", help="default %(default)s")
     parser.add_argument("--size", type=number(int), help="pixels a side (default: the VAE's sample_size)")
     parser.add_argument("--batch", type=number(int), default=1,
@@ -45,16 +44,14 @@ ARGS = arguments() if __name__ == "__main__" else None  # before the slow import
 
 import torch  # noqa: E402
 from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel  # noqa: E402
-from huggingface_hub import HfApi, split_torch_state_dict_into_shards, try_to_load_from_cache  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
+from huggingface_hub import HfApi, try_to_load_from_cache  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop  # noqa: E402
 from segment_anything import sam_model_registry  # noqa: E402
 from tqdm import tqdm  # noqa: E402
-from transformers import (AutoTokenizer, CLIPTextConfig, CLIPTextModel, T5Config,  # noqa: E402
-                          T5EncoderModel)
+from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel  # noqa: E402
 
 import train  # noqa: E402
 from inpo import inpo_loss  # noqa: E402
@@ -367,49 +364,6 @@ def measure_step(args, rounds=20):
         ratio = f"{a / b:.3f}" if b >= 1 else "too small to tell"
         print(f"{what}: train.py {a:.0f}, bare loop {b:.0f} {unit}, ratio {ratio}")
 
-def write_networks(model, out):
-    """A pipeline's networks with random weights in bf16, as FluxPipeline loads them; a shard at a time is in
-    memory."""
-    block = torch.rand(2**24).mul(2).sub(1).bfloat16()  # (N,), again and again: 17 billion take minutes
-
-    def fill(name, p):
-        if p.ndim < 2:
-            return torch.full(p.shape, float(name.endswith("weight")), dtype=torch.bfloat16)
-        values = block.repeat(-(-p.numel() // len(block)))[:p.numel()]  # (p.numel(),)
-        return values.mul_(p[0].numel() ** -0.5).view(p.shape)  # as wide as a layer's usual start
-
-    for part in FLUX:
-        folder, network, text = out / part, build(part, config_of(model, part)), part.startswith("text")
-        weights = dict(network.named_parameters())  # of two that are tied, one
-        name = "model" if text else "diffusion_pytorch_model"
-        split = split_torch_state_dict_into_shards(weights, filename_pattern=name + "{suffix}.safetensors",
-                                                   max_shard_size="2GB")
-        (network.config.save_pretrained if text else network.save_config)(folder)
-        for file, names in tqdm(split.filename_to_tensors.items(), desc=part):
-            save_file({key: fill(key, weights[key]) for key in names}, folder / file, dict(format="pt"))
-        if split.is_sharded:
-            index = dict(metadata=split.metadata, weight_map=split.tensor_to_filename)
-            write_text(folder / f"{name}.safetensors.index.json", json.dumps(index))
-
-def make_stand_in(args):
-    """A folder for train.py's --model: the model's networks with random weights, to try a card with, and
-    emoji-flux's scheduler and tokenizers. For FLUX.1-dev 34 GB."""
-    own, out = ROOT / "emoji-flux", args.out.resolve()  # a link to a large disk, say
-    check_folder("out", out)
-    if out.exists() and any(out.iterdir()):
-        die(f"--out {args.out}: is not empty; delete it, or use another --out")
-    longest = CLIPTextConfig(**config_of(args.model, "text_encoder")).max_position_embeddings
-    try:
-        write_networks(args.model, out)
-        for part, length in (("tokenizer", longest), ("tokenizer_2", text_length(args.model))):
-            AutoTokenizer.from_pretrained(own / part, model_max_length=length).save_pretrained(out / part)
-        shutil.copytree(own / "scheduler", out / "scheduler")
-        shutil.copy(own / "model_index.json", out)  # last: killed before it, the folder is no model
-    except BaseException:  # a full disk, Ctrl-C: else the same command would find a folder that is not empty
-        shutil.rmtree(out, ignore_errors=True)
-        raise
-    print(f"{out}: python train.py --model {out}, with your card's flags")
-
 def proof(args):
     """FLUX.1-dev's transformer, 11.9 B random int8 weights, two steps by train.py's own loss function."""
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
@@ -463,9 +417,7 @@ def main(args):
     if args.work in ("memory", "step"):  # else freed memory stays in the process, and RSS says little
         with contextlib.suppress(AttributeError):  # only glibc has it
             ctypes.CDLL(None).mallopt(-3, 65536)  # M_MMAP_THRESHOLD
-    works = dict(plan=show_plan, memory=measure_memory, step=measure_step, proof=proof,
-                 stand_in=make_stand_in)
-    works[args.work](args)
+    dict(plan=show_plan, memory=measure_memory, step=measure_step, proof=proof)[args.work](args)
 
 if __name__ == "__main__":
     guarded(main, ARGS)

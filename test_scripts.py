@@ -1693,37 +1693,6 @@ def test_step_is_measured_beside_a_bare_loop(tmp_path, capsys):
     assert 0.3 < ratio < 3 and ratio == pytest.approx(ours / bare, rel=0.1)
 
 
-def test_stand_in_is_a_model_of_the_same_shape(tmp_path, monkeypatch, capsys):
-    """Sharded as FLUX.1-dev's files are, and drawn with; a folder that holds something is refused."""
-    split = bench.split_torch_state_dict_into_shards
-    monkeypatch.setattr(bench, "split_torch_state_dict_into_shards",
-                        lambda weights, **how: split(weights, **how | dict(max_shard_size="8MB")))
-    monkeypatch.setattr(bench, "text_length", lambda _: 33)  # not the tokenizer's that it copies
-    out = tmp_path / "stand-in"
-    args = bench.arguments(["--stand-in", "--model", EMOJI, "--out", str(out)])
-    bench.make_stand_in(args)
-    assert len(list(out.glob("transformer/*.safetensors"))) > 1 and not sample.missing_part(out)
-    real, other = (FluxPipeline.from_pretrained(folder) for folder in (EMOJI, out))
-    for part in bench.FLUX:
-        a, b = (dict(getattr(pipe, part).named_parameters()) for pipe in (real, other))
-        assert {key: p.shape for key, p in a.items()} == {key: p.shape for key, p in b.items()}
-        assert all(p.isfinite().all() for p in b.values())
-        assert all((p == name.endswith("weight")).all() for name, p in b.items() if p.ndim < 2)
-    weight = other.transformer.transformer_blocks[0].attn.to_q.weight.detach()
-    assert weight.std() == pytest.approx((3 * weight.shape[1]) ** -0.5, rel=0.05)
-    assert (other.tokenizer.model_max_length, other.tokenizer_2.model_max_length) == (21, 33)
-    image, = other("a cat", height=64, width=64, num_inference_steps=1, max_sequence_length=20).images
-    assert image.size == (64, 64)
-    assert f"{out}: is not empty" in refusal(lambda: bench.make_stand_in(args), capsys)
-    shutil.rmtree(out)
-    (tmp_path / "disk").mkdir()
-    out.symlink_to(tmp_path / "disk")
-    monkeypatch.setattr(bench, "write_text", lambda *_: out.joinpath("none", "such").touch())  # an OSError
-    with pytest.raises(OSError):
-        bench.make_stand_in(args)
-    assert not (tmp_path / "disk").exists()  # the same command can be given again
-
-
 def test_plan_of_an_unknown_model_does_not_ask_the_hub_six_times(monkeypatch, capsys):
     def away(*_, **__):
         raise ConnectionError
