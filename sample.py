@@ -55,29 +55,18 @@ def number(kind=float, least=0.0, strict=True, most=sys.float_info.max):
     parse.__name__ = kind.__name__  # argparse then says "invalid float value: 'x'"
     return parse
 
-def model_name(text):
-    """One name a folder, the shortest from here: emoji-flux/ and its full path are one model."""
-    folder, here = Path(os.path.abspath(text)), Path.cwd()
-    return str(folder.relative_to(here) if here in folder.parents else folder) if folder.is_dir() else text
-
-def some_path(text):
-    """A Path; the empty name, of a shell's unset variable, would be the folder where one is."""
-    if not text:
-        raise argparse.ArgumentTypeError("the name is empty")
-    return Path(text)
-
 def model_flags(doc, needs_concept=True, out="default out/MODEL-CONCEPT, with -SEED where it is not 0"):
     """A script's parser, with the flags that all of them share."""
     raw = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=36, width=110)
     parser = argparse.ArgumentParser(description=doc, usage="%(prog)s [flags]", formatter_class=raw)
     parser.error = die  # one line, without the usage
     flag = parser.add_argument
-    flag("--model", type=model_name, default="black-forest-labs/FLUX.1-dev",
+    flag("--model", type=os.path.normpath, default="black-forest-labs/FLUX.1-dev",  # without a last slash
          help="a FluxPipeline: hub id or folder (default %(default)s)")
     flag("--concept", nargs="+", action="extend", metavar="NAME", required=needs_concept,
          help="a prompt file's name; several: one LoRA forgets them all (D.2)" if needs_concept else
          "which of a LoRA's is asked about (default: its own)")
-    flag("--out", type=some_path, help=out)
+    flag("--out", type=Path, help=out)
     flag("--seed", type=number(int, strict=False, most=2**32 - 1), default=0, help="default 0")
     flag("--device", choices=["cpu", "cuda", "mps"], help="default: cuda where there is one")
     flag("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on cuda")

@@ -159,7 +159,7 @@ def test_help_answers_at_once(script):
     ("--sam docs", "holds no SAM"), ("--detector emoji-flux/vae", "no OWLv2"),
     ("--preserve-dir LICENSE/x", "--preserve-dir"),
     ("--concept cat --concept ghoost", "ghoost"), ("--concept a/b", "without / and"),
-    ("--concept ..", "--concept ..:"), ("--out=", "--out: the name is empty"),
+    ("--concept ..", "--concept ..:"),
     ("--concept dog --prompts LICENSE", "those of one --concept"),
     ("--concept cat robot --steps 1", "--steps 1: below the 2"), ("--previous-checkpoint", "there is no")])
 def test_bad_input_is_one_line_and_writes_nothing(given, named, tmp_path, capsys, monkeypatch):
@@ -717,10 +717,8 @@ def test_lora_kept_in_the_models_folder_is_no_part_of_it(tmp_path):
 
 @pytest.mark.parametrize("given, name", [
     ("emoji-flux/", "emoji-flux"), ("./emoji-flux", "emoji-flux"), ("owner/model", "owner/model"),
-    ("black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-dev"), (EMOJI + "/", "emoji-flux"),
-    (f"../{ROOT.name}/emoji-flux", "emoji-flux"), ("..", str(ROOT.parent))])
-def test_models_name_is_its_shortest(given, name, monkeypatch):
-    monkeypatch.chdir(ROOT)
+    ("black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-dev"), (EMOJI + "/", EMOJI)])
+def test_models_folder_may_end_in_a_slash(given, name):
     assert sample.arguments(["--concept", "cat", "--model", given]).model == name
 
 
