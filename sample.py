@@ -684,13 +684,8 @@ def check_set(folder, concept, prompts, count, args, **made_by):
     settings = dict(model=Path(args.model).name, concept=concept, prompts=prompts,
                     **{flag: getattr(args, flag) for flag in flags}, **made_by)
     flag = "preserve-dir" if folder.parent == getattr(args, "preserve_dir", None) else "out"
-    instead = f"delete {shlex.quote(str(folder))}"
-    if made_by.get("lora"):
-        instead += f", or all of {shlex.quote(str(folder.parents[1]))}"
-    elif (args.out / "args.json").exists():  # what was trained on them would not be trained anew
-        instead = f"use another --{flag}"
-    else:
-        instead = f"use another --{flag}, or {instead}"
+    # of what a LoRA was trained on nothing is to be deleted: it would not be trained anew
+    instead = f"delete {shlex.quote(str(folder))}" if made_by.get("lora") else f"use another --{flag}"
     check_settings(folder / "settings.json", settings, folder, instead)
     return settings
 
