@@ -1005,12 +1005,10 @@ def test_changed_prompt_is_shown_and_another_count_named_by_its_flag(trained, mo
     assert "not ['a cat on a hat']: use another --out" in line and "delete" not in line
 
 
-def test_log_that_is_lost_is_written_again(trained, tmp_path, capsys):
+def test_log_that_is_lost_is_written_again(trained, tmp_path):
     shutil.copytree(trained, out := tmp_path / "cat")
     (out / "log.csv").unlink()
-    (out / "step-6" / WEIGHTS).unlink()  # an evaluation's pictures may lie there still
     run_train(out, "--save-every", "6")
-    assert "steps 6 to 6 are past and were not kept" in capsys.readouterr().out
     assert (out / "log.csv").read_bytes() == (trained / "log.csv").read_bytes()
     assert (out / WEIGHTS).stat().st_mode == (out / "log.csv").stat().st_mode  # others may read it, too
 

@@ -239,9 +239,6 @@ def train(pipe, forget, preserve, embeds, presets, args, stamp=None):
 
     if rows and main_process:
         write_log(rows, args.out / "log.csv")  # it may be lost, or ahead of --previous-checkpoint
-    past = range(args.save_every, start + 1, args.save_every) if args.save_every and main_process else ()
-    if lost := [n for n in past if not (args.out / f"step-{n}" / LORA_WEIGHT_NAME_SAFE).exists()]:
-        print(f"--save-every: steps {lost[0]} to {lost[-1]} are past and were not kept; a new --out has all")
 
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc="train",
                disable=not main_process)
