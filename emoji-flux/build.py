@@ -150,19 +150,16 @@ def fit(stage, model, loss_of, steps, args, lr, warmup=200, ema=0.999, save=None
     if hidden:
         optimizers.append(Muon(hidden, lr))
     average = copy.deepcopy(model).eval().requires_grad_(False)
-    start, spent = 0, 0.0
+    kept = [model, average, *optimizers]  # what a checkpoint holds, beside its step
+    start = 0
     if path.exists():
-        state = torch.load(path)
-        model.load_state_dict(state["model"])
-        average.load_state_dict(state["average"])
-        for optimizer, known in zip(optimizers, state["optimizers"]):
-            optimizer.load_state_dict(known)
-        start, spent = state["step"], state["seconds"]
+        start, states = torch.load(path)
+        for part, state in zip(kept, states):
+            part.load_state_dict(state)
         if args.go_on and start >= steps:
             sys.exit(f"{path}: is complete; delete it to go on from the committed weights")
     model.train()
-    clock = saved = time.time()
-    running = None
+    saved, running = time.time(), None
     bar = tqdm(range(start, steps), initial=start, total=steps, desc=stage, mininterval=5)
     for step in bar:
         torch.manual_seed(args.seed * 10**6 + step)
@@ -185,12 +182,9 @@ def fit(stage, model, loss_of, steps, args, lr, warmup=200, ema=0.999, save=None
         bar.set_postfix_str(f"loss {running:.4f}")
         if time.time() - saved > 180 or step + 1 == steps:
             saved = time.time()
-            seconds = spent + saved - clock
-            save_whole(dict(model=model.state_dict(), average=average.state_dict(), seconds=seconds,
-                            step=step + 1, optimizers=[o.state_dict() for o in optimizers]), path)
+            save_whole((step + 1, [part.state_dict() for part in kept]), path)
             if save:
                 save(average)
-            print(f"{stage} step {step + 1} loss {running:.4f} {seconds / 60:.1f} min", flush=True)
     return average
 
 PACKAGES = {  # family -> npm package, and where the picture of a code point lies in it
