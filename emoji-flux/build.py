@@ -237,8 +237,6 @@ def train_vae(args):
     vae.register_to_config(shift_factor=z.mean().item(), scaling_factor=1 / z.std().item())
     print(f"shift {vae.config.shift_factor:.4f} scale {vae.config.scaling_factor:.4f}")
     write(vae, "vae")
-    for path in args.work.glob("latents*.pt"):
-        path.unlink()  # another VAE's
 
 def make_tokenizers():
     """Both of FLUX's tokenizers with one token a word: a T5 unigram model and a CLIP byte-pair model."""
@@ -462,10 +460,7 @@ class Flow(nn.Module):
             guidance=guidance, img_ids=image_ids, txt_ids=text_ids, return_dict=False)[0]
 
 def latents(args, count=40_000):
-    """Draw the training scenes and encode them once -> packed latents, bf16 (count, 64, 64), and scenes."""
-    path = args.work / (f"latents-{args.seed}.pt" if args.seed else "latents.pt")
-    if path.exists():
-        return torch.load(path)
+    """Draw the training scenes and encode them -> packed latents, bf16 (count, 64, 64), and the scenes."""
     rng = np.random.default_rng(args.seed)
     vae = read(AutoencoderKL, "vae")
     scenes, z = [], []
@@ -476,7 +471,6 @@ def latents(args, count=40_000):
             mean = vae.encode(to_tensor([s["image"] for s in chunk])).latent_dist.mean.float()
         mean = (mean - vae.config.shift_factor) * vae.config.scaling_factor  # (100, 16, 16, 16)
         z.append(FluxPipeline._pack_latents(mean, 100, 16, 16, 16).bfloat16())  # (100, 64, 64)
-    save_whole((torch.cat(z), scenes), path)
     return torch.cat(z), scenes
 
 def tokenize(texts):
