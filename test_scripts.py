@@ -796,7 +796,7 @@ def test_flow_made_anew_drops_what_was_distilled_from_the_old(tmp_path, monkeypa
         (work := tmp_path / f"work {known}").mkdir()
         for name in filter(None, ("guide.pt", known)):
             (work / name).touch()
-        build.train_flow(Namespace(work=work, go_on=False, steps=1, lr=None), "flow")
+        build.train_flow(Namespace(work=work, go_on=False, steps=1), "flow")
         assert {f.name for f in work.iterdir()} == left
 
 

@@ -11,6 +11,7 @@ sam.pth.
 """
 import argparse
 import copy
+import functools
 import io
 import json
 import re
@@ -29,7 +30,6 @@ def arguments(given=None):
     parser.add_argument("--go-on", action="store_true", help="start from the committed weights, not random")
     parser.add_argument("--work", type=Path, default=Path.home() / ".cache" / "emoji-flux",
                         help="checkpoints and downloaded artwork (default ~/.cache/emoji-flux)")
-    parser.add_argument("--lr", type=float, help="peak rate of flow (3e-3) and guide (1e-3)")
     parser.add_argument("--steps", type=int, help="training steps of the stage, instead of its own number")
     parser.add_argument("--n", type=int, default=50, help="images a thing in the report (default 50)")
     parser.add_argument("--seed", type=int, default=0, help="default 0")
@@ -86,6 +86,7 @@ def overlap(a, b):
     return (a & b).sum((-2, -1)) / (a | b).sum((-2, -1)).clip(1)
 
 def read(kind, folder):
+    """A committed network, as fp32."""
     return kind.from_pretrained(HERE / folder, dtype=torch.float32)
 
 def write(model, folder):
@@ -93,11 +94,6 @@ def write(model, folder):
     copy.deepcopy(model).to(torch.bfloat16).save_pretrained(HERE / folder)
     config = HERE / folder / "config.json"
     config.write_text(config.read_text().replace('"dtype": "bfloat16"', '"dtype": "float32"'))
-
-def known_weights(model, folder):
-    """Start from the committed weights, with a fresh optimiser and its warm-up."""
-    model.load_state_dict(read(type(model), folder).state_dict())
-    return model
 
 def save_whole(state, path):
     with whole(path) as half:
@@ -132,7 +128,7 @@ class Muon(torch.optim.Optimizer):
                 for (p, _), update in zip(pairs, x):
                     p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=rate)
 
-def fit(stage, model, loss_of, steps, args, lr, warmup=200, ema=0.999, save=None):
+def fit(stage, model, loss_of, steps, args, lr, ema=0.999, save=None):
     """The one training loop of every stage: warm-up, linear decay, EMA, checkpoints -> the averaged model.
 
     Muon trains the matrices of transformer layers and AdamW the rest: half the steps that AdamW alone needs.
@@ -171,7 +167,7 @@ def fit(stage, model, loss_of, steps, args, lr, warmup=200, ema=0.999, save=None
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = lr * (min((step + 1) / warmup, 1.0) * max(1 - step / steps, 0.01))
+                group["lr"] = lr * (min((step + 1) / 200, 1.0) * max(1 - step / steps, 0.01))
             with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):  # Muon's products
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -229,7 +225,7 @@ def vae_loss(vae, rng):
     return error.abs().mean() + edges + 2 * error.square().mean() + kl
 
 def train_vae(args):
-    vae = known_weights(new_vae(), "vae") if args.go_on else new_vae()
+    vae = read(AutoencoderKL, "vae") if args.go_on else new_vae()
     vae = fit("vae", vae, vae_loss, args.steps or 8000, args, lr=3e-3)
     x = to_tensor([world.draw(np.random.default_rng(i))["image"] for i in range(2000)])  # (2000, 3, 64, 64)
     with torch.no_grad():
@@ -327,10 +323,10 @@ def worn_scenes(rng, batch, faint, share, ruin=0.0):
     scenes = [ruined(s, rng) if ruin and rng.random() < ruin else s for s in scenes]
     return scenes, torch.stack([worn(s, rng) for s in scenes])
 
-def clip_loss(clip, rng, batch=32):
+def clip_loss(clip, rng, tokenizer, batch=32):
     """Sigmoid loss on every question's margin over "a picture", and a contrastive loss on whole captions."""
     scenes, x = worn_scenes(rng, batch, faint=0.4, share=0.25, ruin=0.2)  # (B, 3, 64, 64)
-    tokens = token_ids(fit.tokenizer, ASKED + [world.caption(s, rng) for s in scenes])  # (70 + B, T)
+    tokens = token_ids(tokenizer, ASKED + [world.caption(s, rng) for s in scenes])  # (70 + B, T)
     text = F.normalize(clip.get_text_features(tokens).pooler_output.float(), dim=-1)  # (70 + B, 64)
     image = F.normalize(clip.get_image_features(x).pooler_output.float(), dim=-1)  # (B, 64)
     similarity = clip.logit_scale.exp() * image @ text.T  # (B, 70 + B)
@@ -342,19 +338,20 @@ def clip_loss(clip, rng, batch=32):
     return 20 * F.binary_cross_entropy_with_logits(about - zero, truth, pos_weight=rare) + 0.2 * contrast
 
 def train_clip(args):
-    fit.tokenizer = AutoTokenizer.from_pretrained(HERE / "clip")
-    clip = CLIPModel(two_towers(CLIPConfig, CLIPTextConfig, CLIPVisionConfig, fit.tokenizer))
-    clip = known_weights(clip, "clip") if args.go_on else clip
-    write(fit("clip", clip, clip_loss, args.steps or 6000, args, lr=3e-3), "clip")
+    tokenizer = AutoTokenizer.from_pretrained(HERE / "clip")
+    config = two_towers(CLIPConfig, CLIPTextConfig, CLIPVisionConfig, tokenizer)
+    clip = read(CLIPModel, "clip") if args.go_on else CLIPModel(config)
+    loss = functools.partial(clip_loss, tokenizer=tokenizer)
+    write(fit("clip", clip, loss, args.steps or 6000, args, lr=3e-3), "clip")
     CLIPImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64},
                        image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(HERE / "clip")
 
-def detector_loss(owl, rng, batch=32):
+def detector_loss(owl, rng, tokenizer, batch=32):
     """Sigmoid loss on words, L1 and generalised IoU on boxes. A box belongs to the patches near its centre, a
     frame to those near its upper left corner instead, since what hangs in it has the same centre."""
     scenes, x = worn_scenes(rng, batch, faint=0.5, share=0.2)  # (B, 3, 64, 64)
     asked = [world.phrase(n) for n in world.NAMES] + ["a painting"]
-    text = owl.owlv2.get_text_features(token_ids(fit.tokenizer, asked)).pooler_output  # (58, 64)
+    text = owl.owlv2.get_text_features(token_ids(tokenizer, asked)).pooler_output  # (58, 64)
     features, _ = owl.image_embedder(x)  # (B, 8, 8, 128)
     flat = features.flatten(1, 2)  # (B, 64, 128)
     logits, _ = owl.class_predictor(flat, text.expand(batch, -1, -1))  # (B, 64, 58)
@@ -379,8 +376,8 @@ def detector_loss(owl, rng, batch=32):
 
 def train_detector(args):
     """The image tower starts from the judge's: OWLv2, too, starts from a CLIP."""
-    fit.tokenizer = AutoTokenizer.from_pretrained(HERE / "clip")
-    owl = Owlv2ForObjectDetection(two_towers(Owlv2Config, Owlv2TextConfig, Owlv2VisionConfig, fit.tokenizer))
+    tokenizer = AutoTokenizer.from_pretrained(HERE / "clip")
+    owl = Owlv2ForObjectDetection(two_towers(Owlv2Config, Owlv2TextConfig, Owlv2VisionConfig, tokenizer))
     for layer in [*owl.class_head.modules(), *owl.box_head.modules()]:
         if isinstance(layer, nn.Linear):  # the library's N(0, 1) saturates the boxes for good
             nn.init.xavier_uniform_(layer.weight)
@@ -390,10 +387,11 @@ def train_detector(args):
     nn.init.constant_(owl.class_head.logit_scale.bias, 10.0)
     known = read(CLIPModel, "clip").vision_model.state_dict()
     owl.owlv2.vision_model.load_state_dict({k.replace("layrnorm", "layernorm"): v for k, v in known.items()})
-    owl = known_weights(owl, "detector") if args.go_on else owl
-    write(fit("detector", owl, detector_loss, args.steps or 3500, args, lr=2e-3), "detector")
+    owl = read(Owlv2ForObjectDetection, "detector") if args.go_on else owl
+    loss = functools.partial(detector_loss, tokenizer=tokenizer)
+    write(fit("detector", owl, loss, args.steps or 3500, args, lr=2e-3), "detector")
     images = Owlv2ImageProcessor(size={"height": 64, "width": 64}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
-    Owlv2Processor(images, fit.tokenizer).save_pretrained(HERE / "detector")
+    Owlv2Processor(images, tokenizer).save_pretrained(HERE / "detector")
 
 def sam_loss(sam, rng, batch=12):
     """One mask from one box a prompt, as SamPredictor asks with multimask_output=False: BCE + dice."""
@@ -426,11 +424,12 @@ def train_sam(args):
     save_whole(sam.state_dict(), HERE / "sam.pth")
 
 class Flow(nn.Module):
-    """The three modules that learn together: FLUX's transformer and its two text encoders."""
+    """The three networks that learn together: FLUX's transformer and its two text encoders."""
 
     def __init__(self):
         super().__init__()
         t5, clip = (AutoTokenizer.from_pretrained(HERE / f) for f in ("tokenizer_2", "tokenizer"))
+        self.tokenizers = t5, clip
         self.transformer = FluxTransformer2DModel(
             in_channels=64, num_layers=2, num_single_layers=4, num_attention_heads=6, attention_head_dim=32,
             joint_attention_dim=128, pooled_projection_dim=64, guidance_embeds=True,
@@ -449,8 +448,9 @@ class Flow(nn.Module):
         # CLIP's 0.02 is drowned by AdamW's steps of 3e-3: pooled vectors became one-dimensional
         nn.init.normal_(self.text_encoder.get_input_embeddings().weight, std=0.3)
 
-    def forward(self, z, ids, sigma, guidance):
-        """Packed latents z (B, 64, 64) at noise levels (B,), token ids of T5 and CLIP -> velocity, as z."""
+    def forward(self, z, texts, sigma, guidance):
+        """Packed latents z (B, 64, 64) at noise levels (B,), B prompts -> velocity, as z."""
+        ids = [token_ids(t, texts) for t in self.tokenizers]  # (B, 20), (B, 21)
         prompt = self.text_encoder_2(ids[0])[0]  # (B, 20, 128), unmasked: as FluxPipeline does
         pooled = self.text_encoder(ids[1]).pooler_output  # (B, 64)
         image_ids = FluxPipeline._prepare_latent_image_ids(1, 8, 8, "cpu", torch.float32)  # (64, 3)
@@ -473,13 +473,10 @@ def latents(args, count=40_000):
         z.append(FluxPipeline._pack_latents(mean, 100, 16, 16, 16).bfloat16())  # (100, 64, 64)
     return torch.cat(z), scenes
 
-def tokenize(texts):
-    return [token_ids(t, texts) for t in fit.tokenizers]  # (B, 20), (B, 21)
-
-def noisy_scenes(rng, batch):
+def noisy_scenes(data, rng, batch):
     """-> scenes, their latents x and z at noise level sigma (B,), with noise eps, all three (B, 64, 64)."""
-    z, scenes = fit.data
-    chosen = rng.choice(fit.index, size=batch)
+    z, scenes, index = data
+    chosen = rng.choice(index, size=batch)
     x = z[chosen].float()  # (B, 64, 64)
     # logit-normal, shifted to where a prompt decides: at mean 0 it hardly ever sees the first steps of
     # sampling, and the background did not follow the prompt; at mean 1 the order of a pair did not
@@ -492,56 +489,56 @@ def said_of(scenes, rng):
     """Captions, one of ten empty: the unconditional prediction that guidance starts from."""
     return [world.caption(s, rng) if rng.random() > 0.1 else "" for s in scenes]
 
-def flow_loss(flow, rng, batch=32):
+def flow_loss(flow, rng, data, batch=32):
     """Rectified flow matching. The guidance input is drawn at random: stage guide gives it a meaning."""
-    scenes, x, noisy, sigma, eps = noisy_scenes(rng, batch)
+    scenes, x, noisy, sigma, eps = noisy_scenes(data, rng, batch)
     guidance = 1 + 4 * torch.rand(batch)  # (B,)
-    return F.mse_loss(flow(noisy, tokenize(said_of(scenes, rng)), sigma, guidance).float(), eps - x)
+    return F.mse_loss(flow(noisy, said_of(scenes, rng), sigma, guidance).float(), eps - x)
 
-def guide_loss(flow, rng, batch=16):
+def guide_loss(flow, rng, data, teacher, batch=16):
     """Distil the teacher's u + g (c - u), of its own conditional c and unconditional u, into the guidance
     embedding: each sample at two g ~ U(1, 5), or at times 1, so that what g changes is in every batch. Where
     half of the samples had g = 1 and the plain target, the network learned a switch at that one value."""
-    scenes, _, noisy, sigma, _ = noisy_scenes(rng, batch)
+    scenes, _, noisy, sigma, _ = noisy_scenes(data, rng, batch)
     said = said_of(scenes, rng)
-    ids, ones = tokenize(said + [""] * batch), torch.ones(2 * batch)
+    noisy, sigma = noisy.repeat(2, 1, 1), sigma.repeat(2)  # (2B, 64, 64), (2B,)
     with torch.no_grad():
-        both = fit.teacher(noisy.repeat(2, 1, 1), ids, sigma.repeat(2), ones)  # (2B, 64, 64)
+        both = teacher(noisy, said + [""] * batch, sigma, torch.ones(2 * batch))  # (2B, 64, 64)
     cond, uncond = (v.repeat(2, 1, 1) for v in both.float().chunk(2))  # (2B, 64, 64) each
     guidance = 1 + 4 * torch.rand(2 * batch)  # (2B,)
     guidance[:batch:4] = 1  # which training asks for
     target = uncond + guidance[:, None, None] * (cond - uncond)  # (2B, 64, 64)
-    said, noisy, sigma = tokenize(said * 2), noisy.repeat(2, 1, 1), sigma.repeat(2)
-    return F.mse_loss(flow(noisy, said, sigma, guidance).float(), target)
+    return F.mse_loss(flow(noisy, said * 2, sigma, guidance).float(), target)
 
 def save_flow(flow):
     for name, module in flow.named_children():
         write(module, name)
 
 def train_flow(args, stage="flow"):
-    fit.tokenizers = [AutoTokenizer.from_pretrained(HERE / f) for f in ("tokenizer_2", "tokenizer")]
-    fit.data = latents(args)
+    z, scenes = latents(args)
     # three of four samples hold two things: with every second one, a thing was often drawn twice
-    copies = [3 if len(s["names"]) == 2 else 1 for s in fit.data[1]]
-    fit.index = np.arange(len(copies)).repeat(copies)  # an array: a list would be converted at every step
+    copies = [3 if len(s["names"]) == 2 else 1 for s in scenes]
+    index = np.arange(len(copies)).repeat(copies)  # an array: a list would be converted at every step
     flow = Flow()
     if args.go_on or stage == "guide":
         for name, module in flow.named_children():
-            known_weights(module, name)
+            module.load_state_dict(read(type(module), name).state_dict())
     if stage == "flow" and not (args.work / "flow.pt").exists():  # new weights: what was distilled is old
         (args.work / "guide.pt").unlink(missing_ok=True)
-    if stage == "guide":  # the teacher stays as it was when the stage began: its own average made it decay
-        fit.teacher = copy.deepcopy(flow).eval().requires_grad_(False)
-    # guide takes minutes and is written when it is whole: a restart finds its teacher where it was
-    loss, steps, lr, save = dict(flow=(flow_loss, 20_000, 3e-3, save_flow),
-                                 guide=(guide_loss, 1500, 1e-3, None))[stage]
+    loss, steps, lr, save = functools.partial(flow_loss, data=(z, scenes, index)), 20_000, 3e-3, save_flow
+    if stage == "guide":
+        # the teacher stays as it was when the stage began: its own average made it decay. The stage takes
+        # minutes and is written when it is whole: a restart finds its teacher where it was
+        teacher = copy.deepcopy(flow).eval().requires_grad_(False)
+        loss = functools.partial(guide_loss, data=(z, scenes, index), teacher=teacher)
+        steps, lr, save = 1500, 1e-3, None
     with sdpa_kernel(SDPBackend.MATH):  # for heads this small flash attention's backward is 40 % of a step
-        flow = fit(stage, flow, loss, args.steps or steps, args, args.lr or lr, ema=0.998, save=save)
+        flow = fit(stage, flow, loss, args.steps or steps, args, lr, ema=0.998, save=save)
     save_flow(flow)
     # what FluxPipeline.from_pretrained needs beside the weights
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)  # as FLUX.1-dev's
     scheduler.save_pretrained(HERE / "scheduler")
-    t5, clip = fit.tokenizers
+    t5, clip = flow.tokenizers
     FluxPipeline(scheduler, read(AutoencoderKL, "vae"), flow.text_encoder, clip, flow.text_encoder_2, t5,
                  flow.transformer).save_config(HERE)  # model_index.json
 
