@@ -76,34 +76,26 @@ def published(name):
     return files
 
 def read_csv(path, columns, fail):
-    """-> [{column: field} and "seed": its own or None], a dict a row, {} for a blank line. columns: those it
-    needs; none where it may lack a header, a row's last field is then its prompt. fail(why) never returns."""
+    """-> [{column: field} and "seed": its own or None], a dict a row; blank lines are none. columns: those it
+    needs; none where it has no header, a row is then a prompt. fail(why) never returns."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:  # a quoted field may hold line breaks
-            reader = csv.reader(file, strict=True)
+            reader = csv.DictReader(file, None if columns else ["prompt"], strict=True)
+            names = reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
             rows = [(row, reader.line_num) for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         fail(f"{path} is no readable UTF-8 csv ({type(error).__name__}: {error})")
-    names = next(([name.strip() for name in row] for row, _ in rows if row), None)
-    if not names:
-        fail(f"{path} is empty")
-    if columns or "prompt" in names:
-        del rows[:1 + [bool(row) for row, _ in rows].index(True)]
-    else:
-        names = [*map(str, range(len(names) - 1)), "prompt"]
     if missing := [column for column in columns if column not in names]:
-        fail(f"{path} has no column {' and no '.join(missing)}, only {', '.join(names)}")
+        fail(f"{path} has no column {' and no '.join(missing)}, only {', '.join(names) or 'an empty line'}")
     key = next((key for key in ("evaluation_seed", "sd_seed", "seed") if key in names), "")
-    table = []
     for row, line in rows:
-        if row and len(row) != len(names):
-            fail(f"{path}, line {line}: {len(row)} fields, not {len(names)}; quote the ones with commas")
-        fields = dict(zip(names, row))
-        seed = fields.get(key, "").strip().removesuffix(".0")  # pandas' whole number beside a gap
+        if None in row or None in row.values():  # more fields, or fewer
+            fail(f"{path}, line {line}: not {len(names)} fields; quote the ones with commas")
+        seed = row.get(key, "").strip().removesuffix(".0")  # pandas' whole number beside a gap
         if seed and not (seed.isdecimal() and int(seed) < 2**63):
             fail(f"{path}, line {line}: {key} is {seed}, not an integer from 0 to 2^63 - 1")
-        table.append(fields and fields | dict(seed=int(seed) if seed else None))
-    return table
+        row["seed"] = int(seed) if seed else None
+    return [row for row, _ in rows]
 
 def load_prompts(name, model, source=None):
     """A set of SETS or PARTS, of the model folder or, source, of the user's csv -> dict: name, the whole
