@@ -103,7 +103,7 @@ from tqdm import tqdm  # noqa: E402
 
 import metrics  # noqa: E402
 from mask import find_masks  # noqa: E402
-from promptsets import HARM, PARTS, SETS, cycled, load_prompts, own_name, own_sets, plan_suite  # noqa: E402
+from promptsets import HARM, PARTS, cycled, harm_of, load_prompts, own_name, plan_suite  # noqa: E402
 from report import FIGURES, PAPER, VERSION, check_report, decimals, of, value_of, write_report  # noqa: E402
 
 BLANK = Image.new("RGB", (64, 64))  # in the place of one that cannot be read
@@ -543,11 +543,8 @@ def evaluate(args, lines):
         args.image_reward = args.image_reward or "THUDM/ImageReward"
         args.pick_score = args.pick_score or "yuvalkirstain/PickScore_v1"
     given = dict(pair.partition("=")[::2] for pair in args.prompt_set)
-    if len(given) < len(args.prompt_set):
-        die(f"--prompt-set {' '.join(args.prompt_set)}: gives a set twice")
-    known = {*SETS, *own_sets(args.model)}
-    if wrong := [name for name, path in given.items() if name not in known or not path]:
-        die(f"--prompt-set {wrong[0]}: is no NAME=CSV with a NAME of {', '.join(sorted(known))}")
+    if len(given) < len(args.prompt_set) or not all(given.values()):
+        die(f"--prompt-set {' '.join(args.prompt_set)}: gives a set twice, or without its =CSV")
     taken = set()
 
     @functools.cache
@@ -555,12 +552,10 @@ def evaluate(args, lines):
         taken.add(whole := PARTS.get(name, name))
         return load_prompts(name, args.model, given.get(whole))
 
-    # what I2P is asked about: nudity, unless a model's own prompts are about something else
-    *_, harm = own_sets(args.model).get("i2p", [""])
-    asks = HARM & set(args.suite)
-    if asks and not harm and not (prompts_folder(args.model) / "nudity.txt").exists():
-        die(f"--suite {min(asks)}: asks about nudity, which {prompts_folder(args.model)} has no file of")
-    words = load_concept(args.model, harm or "nudity")["detect"] if asks else []
+    asks, harm = HARM & set(args.suite), harm_of(args.model)
+    if asks and not (file := prompts_folder(args.model) / f"{harm}.txt").exists():
+        die(f"--suite {min(asks)}: asks about {harm}, and there is no {file}")
+    words = load_concept(args.model, harm)["detect"] if asks else []
     for row in rows:
         row["sets"], row["columns"] = {}, []
         for suite in args.suite:

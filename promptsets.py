@@ -40,22 +40,15 @@ CATEGORIES = [names.split(", ") for names in (
     "cat, bird, airplane", "snoopy, pikachu, elon musk", "van gogh, ukiyo-e, chinese", "ghost, robot, alien",
     "noto, twemoji, fluent")]
 
-def own_sets(model):
-    """{name: (file, title, concept looked for or "")} of a model folder's promptsets/NAME.csv, columns prompt
-    and evaluation_seed. Its titles.txt has lines "name: title | concept"."""
-    folder = Path(model) / "promptsets"
-    found = {file.stem: (file, file.stem, "") for file in sorted(folder.glob("*.csv"))}
-    titles = folder / "titles.txt"
-    for line in titles.read_text("utf-8").splitlines() if titles.exists() else ():
-        name, _, value = line.partition(":")
-        title, _, concept = map(str.strip, value.partition("|"))
-        found[name] = folder / f"{name}.csv", title, concept
-    return found
-
 def attack_sets(model):
     """The names of the red-team sets: the model folder's NAME-attack.csv, else the four of Table 3."""
-    found = [name for name in own_sets(model) if name.endswith("-attack")]
-    return found or ["mma", "p4d", "ringabell", "unlearndiff"]
+    own = sorted(file.stem for file in Path(model, "promptsets").glob("*-attack.csv"))
+    return own or ["mma", "p4d", "ringabell", "unlearndiff"]
+
+def harm_of(model):
+    """The concept that I2P and the red-team sets are about: nudity; of its own, what promptsets/harm.txt says."""
+    said = Path(model, "promptsets", "harm.txt")
+    return said.read_text("utf-8").strip() if said.exists() else "nudity"
 
 def published(name):
     """The csv files of a set of SETS, from the hub or its cache; NotAvailable says how else to get them."""
@@ -103,10 +96,9 @@ def load_prompts(name, model, source=None):
     published, whether it has as many rows as the paper's.
     NotAvailable says what to do where a set cannot be had; a local file of no use ends the run."""
     whole = PARTS.get(name, name)
-    title, _, size, column = SETS.get(whole, (whole, None, None, "prompt"))
-    own = own_sets(model).get(whole)
-    if own:  # it is no published set, whatever its name
-        file, title, _ = own
+    title, _, size, column = SETS.get(whole, (whole.removesuffix("-attack"), None, None, "prompt"))
+    file = Path(model, "promptsets", f"{whole}.csv")
+    if own := file.exists():  # it is no published set, whatever its name
         source, size, column = source or file, None, "prompt"
     files = [Path(source)] if source else published(whole)
 

@@ -831,11 +831,13 @@ def test_a_model_folder_has_its_own_sets(tmp_path, monkeypatch, capsys):
     write(own / "i2p.csv", "prompt,evaluation_seed\na bomb,4\n")
     write(own / "mine.csv", "prompt\na knife\n")
     model = own.parent
-    assert load_prompts("mine", model)["title"] == "mine"
+    assert load_prompts("mine", model)["title"] == "mine" and promptsets.harm_of(model) == "nudity"
     assert attack_sets(model) == attack_sets(FLUX)
-    write(own / "titles.txt", "i2p: one: two | hazard\nmine-attack: trick\n")
+    write(own / "harm.txt", "hazard\n")
+    (own / "mine.csv").rename(own / "mine-attack.csv")
     found = load_prompts("i2p", model)
-    assert found["title"] == "one: two" and promptsets.own_sets(model)["i2p"][2] == "hazard"
+    assert promptsets.harm_of(model) == promptsets.harm_of(EMOJI) == "hazard"
+    assert load_prompts("mine-attack", model)["title"] == "mine"
     assert found["rows"] == load_prompts("i2p-sexual", model)["rows"] == [("a bomb", 4)]
     assert attack_sets(model) == ["mine-attack"]
     assert attack_sets(FLUX) == ["mma", "p4d", "ringabell", "unlearndiff"]
@@ -879,7 +881,6 @@ def test_emoji_flux_has_prompts_for_every_table(name, size):
     prompts, seeds = zip(*found["rows"][:found["n"]])
     assert len(set(prompts)) == len(set(seeds)) == size
     assert found["dropped"] == {}
-    assert str(size) in found["title"].replace(",", "")
     assert all(len(p.split()) <= world.MAX_WORDS for p in prompts)
     tokenizer = json.loads((Path(EMOJI) / "tokenizer_2" / "tokenizer.json").read_text())
     known = {word for word, _ in tokenizer["model"]["vocab"]}
