@@ -48,7 +48,9 @@ NOTES = [
     "Seed noise is the frozen model against itself under another seed: a difference within it may be chance.",
     "Intervals of counts and differences are a bootstrap over pictures: too narrow where fewer than three or "
     "so differ, without width where none does.",
-    "What a concept's file calls unrelated is preserved, in other scenes; never seen is what no set holds.",
+    "What a concept's file calls unrelated is preserved, in other scenes; never seen is what no set of it "
+    "holds (a run's own --images, --prompts or --preserve may). Of Table 1's other two of a category those "
+    "are preserved, too, that the file calls neighbours.",
     "Cost lacks the forward passes of sampling that was killed, and of images that another run had made.",
     "Intervals hold for these prompts and this seed; another training run differs by more (README: results)."]
 PAPERS_N = "The paper's counts are of whole prompt sets, ours of what the filter keeps of them, the n shown."
@@ -65,15 +67,15 @@ def arguments(given=None):
     what.add_argument("--compare", type=Path, nargs="+", action="extend", metavar="DIR",
                       help="several LoRAs of one concept, and their differences from each other")
     what.add_argument("--images", type=Path, metavar="DIR", dest="pictures",
-                      help="pictures made elsewhere, in DIR/SET/: with a manifest.json like sample.py's, or "
-                           "numbered in the order of the prompts")
+                      help="pictures made elsewhere, named as --list says, or by a manifest.json like "
+                           "sample.py's in each DIR/SET/")
     parser.add_argument("--suite", nargs="+", action="extend", choices=[*SUITES, "all"], metavar="SUITE",
                         help=f"{', '.join(SUITES)}, all: the paper's tables (default: concept, our figures)")
     parser.add_argument("--report", type=Path, help="where the report goes (default: beside the LoRA, or "
                         "OUT/report where there are several)")
     parser.add_argument("--limit", type=number(int), help="at most N pictures a set: a quick look")
-    parser.add_argument("--list", action="store_true",
-                        help="print each SET's seeds and prompts, a json line each, and stop")
+    parser.add_argument("--list", type=Path, metavar="FILE",
+                        help="write each picture's name, seed and prompt there, a json line each, and stop")
     parser.add_argument("--prompt-set", nargs="+", action="extend", default=[], metavar="NAME=CSV",
                         help="a prompt set from your file (default: the model's promptsets/, else the hub)")
     parser.add_argument("--no-floor", action="store_true",
@@ -169,13 +171,8 @@ def read_rows(args):
         base, forgotten = settings.get("model", args.model), settings.get("concept")
         if not isinstance(forgotten, list):  # another tool's file
             forgotten = args.concept or die(f"{run}: names no concept, give --concept")
-        if settings.get("images"):  # own pictures need no prompt file, an evaluation does
-            forgotten = args.concept or forgotten
-            if set(args.suite) <= HARM:
-                args.task = args.task or settings.get("task")
-            elif not (file := prompts_folder(args.model) / f"{forgotten[0]}.txt").exists():
-                die(f"--{flag} {folder}: was trained on your own pictures, and there is no {file}: give a "
-                    "file's name as --concept")
+        if settings.get("images") and args.concept:  # own pictures need no prompt file, an evaluation does
+            forgotten = args.concept
         if Path(base).name != Path(args.model).name:
             die(f"--{flag} {folder}: was trained on {base}, not on --model {args.model}")
         asked, forgotten = sorted({*(args.concept or forgotten)}), sorted(forgotten)  # in whatever order
@@ -183,8 +180,7 @@ def read_rows(args):
         if not alone or not set(asked) <= set(forgotten):
             die(f"{folder}: has forgotten {', '.join(forgotten)}: give one of them as --concept")
         digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()  # another LoRA, other pictures
-        given = [f"--{key}" for key in ("images", "prompts", "preserve") if settings.get(key)]
-        rows.append(dict(folder=folder, digest=digest, forgotten=forgotten, asked=asked[0], given=given,
+        rows.append(dict(folder=folder, digest=digest, forgotten=forgotten, asked=asked[0],
                          weights=settings.get("weights")))
     said = sorted({" + ".join(row["forgotten"]) for row in rows})
     if args.compare and len(said) > 1 and not set(args.suite) <= HARM:  # whose prompts are the same for all
@@ -216,31 +212,20 @@ def check_loras(loras, model):
         except Exception as error:  # safetensors, peft and diffusers' converters have many names for it
             die(f"--lora {folder}: does not load into {model}: {str(error).strip().splitlines()[-1].strip()}")
 
-def own_files(folder, one, name, alone):
-    """Pictures made elsewhere of a set, in the order of its prompts; fewer than those are refused."""
-    found = [folder / part for part in (name, one.get("shared", name)) if (folder / part).is_dir()]
-    folder = found[0] if found else folder if alone else folder / name
-    said = cycled(one["prompts"], one["n"])
+def own_files(files, said):
+    """Where pictures made elsewhere are, those files if no manifest.json lists others; it must have the
+    prompts that are said, and none may be missing."""
+    folder = files[0].parent
     if (manifest := folder / "manifest.json").exists():
         try:
             listed = [(folder / row["file"], row["prompt"]) for row in json.loads(manifest.read_text())]
         except (ValueError, KeyError, TypeError):
             die(f"--images {manifest}: is no list of objects with file and prompt")
         if wrong := next((file for (file, mine), prompt in zip(listed, said) if mine != prompt), None):
-            die(f"--images: {wrong} has another prompt in manifest.json than {name}: see --list")
-        files = [file for file, _ in listed]
-    else:  # by the last number of their names: 2.png before 10.png
-        files = [f for f in folder.glob("*") if f.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")]
-        numbers = {f: int((re.findall(r"\d+", f.stem) or [-1])[-1]) for f in files}
-        files.sort(key=numbers.get)
-        first = 1 if files and numbers[files[0]] == 1 else 0
-        if odd := [f for i, f in enumerate(files, first) if numbers[f] != i]:  # all after it would shift
-            die(f"--images {odd[0]}: is not numbered as the next, from 0 or 1 on: mend it, or write a "
-                "manifest.json")
-    files = [file for file in files[:one["n"]] if file.exists()]
-    if len(files) < one["n"]:
-        die(f"--images {folder}: holds {len(files)} of the {one['n']} pictures of {name}; see --list for "
-            "their prompts")
+            die(f"--images: {wrong} has another prompt in manifest.json than asked for: see --list")
+        files = [file for file, _ in listed[:len(said)]]
+    if (found := sum(file.exists() for file in files)) < len(said):
+        die(f"--images {folder}: holds {found} of {len(said)} pictures; see --list for names and prompts")
     return files
 
 def plan_jobs(rows, args):
@@ -265,8 +250,9 @@ def plan_jobs(rows, args):
                     noise=f"evaluate {called.split(',')[0]}", prompts=one["prompts"], n=one["n"], args=mine)
                 job.files = [job.folder / f"{i:03}.png" for i in range(job.n)]
                 if args.pictures and when == "after":
-                    alone = len(row["sets"]) == 1
-                    job.files = [] if args.list else own_files(args.pictures, one, name, alone)
+                    job.files = [args.pictures / called / file.name for file in job.files]
+                    if not args.list:
+                        job.files = own_files(job.files, cycled(job.prompts, job.n))
                 elif not args.list:
                     check_set(job.folder, job.noise, job.prompts, job.n, mine, **made_by)
                 jobs[row["name"], name, when] = job
@@ -510,13 +496,17 @@ def read_run(row):
                     peak_gib=max(gpu) or max(host), forwards=sum(drawn) + forwards)
     return curve, cost
 
-def main(args):
-    lines = sys.stdout  # --list's have it to themselves
-    with contextlib.redirect_stdout(sys.stderr) if args.list else contextlib.nullcontext():
-        evaluate(args, lines)
+def write_list(jobs, args):
+    """--list: which pictures a LoRA, or what draws them elsewhere, has to draw; a part of a set has the
+    files of the whole."""
+    lines = {}
+    for job in [job for (_, _, when), job in jobs.items() if when == "after"]:
+        seeds = job.made_by.get("seeds") or [seed_of(args.seed, job.noise, i) for i in range(job.n)]
+        for file, seed, prompt in zip(job.files, seeds, cycled(job.prompts, job.n)):
+            lines[file] = json.dumps(dict(file=str(file), seed=seed, prompt=prompt), ensure_ascii=False)
+    write_text(args.list, "".join(f"{line}\n" for line in lines.values()))
 
-def evaluate(args, lines):
-    """All of it; what --list prints goes to the open file lines."""
+def main(args):
     everything = "all" in args.suite
     args.suite = [suite for suite in SUITES if suite in args.suite or everything]
     args.lora = args.lora or args.compare
@@ -568,16 +558,9 @@ def evaluate(args, lines):
             f"{', '.join(sorted(taken)) or 'none'}")
     jobs = plan_jobs(rows, args)
     if args.list:
-        asked = {row["name"] for row in (rows[:1] if args.compare else rows)}  # --compare: the same of all
-        for (row, name, when), job in jobs.items():
-            seeds, mine = job.made_by.get("seeds"), when == "after" and row in asked
-            for i, prompt in enumerate(cycled(job.prompts, job.n) if mine else ()):
-                drawn = seeds[i] if seeds else seed_of(args.seed, job.noise, i)
-                print(json.dumps(dict(set=name, seed=drawn, prompt=prompt), ensure_ascii=False), file=lines)
-        lost = {c["unavailable"]: c["suite"] for row in rows for c in row["columns"] if c["unavailable"]}
-        if lost:
+        if lost := {c["unavailable"]: c["suite"] for row in rows for c in row["columns"] if c["unavailable"]}:
             die("--list: lacks " + "; ".join(f"of {suite}: {why}" for why, suite in lost.items()))
-        return
+        return write_list(jobs, args)
     missing = [job for job in jobs.values() if not all(file.exists() for file in job.files)]
     todo = {job.folder: job for job in sorted(missing, key=lambda job: job.n)}  # not a part, but the whole
     if todo:
@@ -594,11 +577,6 @@ def evaluate(args, lines):
     runs = [read_run(row) for row in rows]
     cells = [make_cell(row, column, args) for row in rows for column in row["columns"]]
     notes = NOTES + [PAPERS_N] * any(cell["paper"] for cell in cells)
-    for row in rows:
-        if kept := [name.split(", ")[1] for name, one in row["sets"].items() if one.get("preserved")]:
-            notes.append(f"{row['name']}: its preserve set has {' and '.join(kept)}, of its category, too.")
-        if own := row.get("given"):
-            notes.append(f"{row['name']}: its {' and '.join(own)} may hold what is called never seen.")
     public = sorted({name for row in rows for name, one in row["sets"].items() if "seeds" in one})
     report = dict(
         version=VERSION, command=shlex.join(["python", "evaluate.py", *sys.argv[1:]]), model=args.model,

@@ -256,9 +256,7 @@ def plan_suite(suite, concept, forgotten, prompts_of, words, args):
         known = {file.stem for file in prompts_folder(args.model).glob("*.txt")}  # a model may have its own
         others = {f"other, {name}": name for name in category if name in known - gone}
         for title, name in others.items():
-            other = load_concept(args.model, name)
-            kept = any(says(o, other["concept"]) for o in concept["neighbours"] + concept["unrelated"])
-            take(title, other["eval"], shared=title, preserved=kept)
+            take(title, load_concept(args.model, name)["eval"], shared=title)
         if others:
             column(f"{clip}, the other" + " two" * (len(others) == 2), "clip", *others)
         unrelated_and_locality()

@@ -1297,12 +1297,10 @@ def test_your_own_pictures_without_a_prompt_file(tmp_path, capsys):
     assert (out / WEIGHTS).exists()
     curve, cost = evaluate.read_run(dict(folder=out, name="mine"))  # a comma stays within its field
     assert curve["step"] == [0, 1] and cost["forwards"] == 16 * 2 + 2 * 4 * 3
-    asks = evaluate.arguments(["--model", EMOJI, "--lora", str(out), "--suite", "table3"])
-    asks.lora = asks.lora or asks.compare
-    row, = evaluate.read_rows(asks)
-    assert (row["asked"], row["given"], asks.task) == ("a cat, asleep", ["--images", "--preserve"], "object")
-    asks = evaluate.arguments(["--model", EMOJI, "--lora", str(out)])
-    assert "give a file's name as --concept" in refusal(lambda: evaluate.read_rows(asks), capsys)
+    asks = ["--model", EMOJI, "--lora", str(out)]
+    row, = evaluate.read_rows(evaluate.arguments([*asks, "--concept", "cat"]))
+    assert (row["asked"], row["forgotten"]) == ("cat", ["cat"])
+    assert "known are" in refusal(lambda: evaluate.main(evaluate.arguments(asks)), capsys)
     picture, kept = sorted(mine.glob("0.*"))[0], (out / WEIGHTS).read_bytes()
     Image.new("RGB", (70, 70), "red").save(picture)  # another one
     for _ in range(2):  # what was trained on the old ones is no run to go on with
@@ -1782,7 +1780,6 @@ def test_evaluation_of_a_run(copied, capsys):
     assert report["curves"][0]["step"][-1] == 11
     drawn = 8 * 2 + 2 * 6 * len(train.picture_groups([sample.load_concept(EMOJI, "cat")]))  # forget lay there
     assert report["cost"][0]["forwards"] == drawn * 2 + 12 * 8 * 3
-    assert not any("preserve set has" in note for note in report["notes"])  # bird and airplane are in none
 
 
 @pytest.mark.parametrize("script", [sample, train, evaluate])
@@ -1870,11 +1867,12 @@ def test_several_loras_of_one_concept_are_compared_in_pairs(copied, tmp_path, ca
 def test_pictures_made_elsewhere_are_scored_like_a_loras(copied, tmp_path, monkeypatch, capsys):
     mine = tmp_path / "mine"
     given = ["--images", str(mine), "--concept", "cat", "--suite", "table12"]
-    assert "holds 0 of the 4 pictures of rephrased" in refusal(
-        lambda: evaluation(None, copied / "base", *given), capsys)
-    evaluate.main(evaluate.arguments(["--model", EMOJI, *given, *FEW, "--list"]))
-    listed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [row["set"] for row in listed] == ["rephrased"] * 4 and not mine.exists()
+    line = refusal(lambda: evaluation(None, copied / "base", *given), capsys)
+    assert f"{mine / 'rephrased'}: holds 0 of 4 pictures" in line
+    evaluate.main(evaluate.arguments(["--model", EMOJI, *given, *FEW, "--list", str(tmp_path / "list")]))
+    listed = [json.loads(line) for line in (tmp_path / "list").read_text().splitlines()]
+    assert [row["file"] for row in listed] == [str(mine / "rephrased" / f"00{i}.png") for i in range(4)]
+    assert not mine.exists()
     evaluation(copied / "run", copied / "base", "--suite", "table12")
     shutil.copytree(copied / "run" / "after" / "cat" / "rephrased", mine / "rephrased")
     wanted = figures(json.loads((copied / "run" / "report.json").read_text()))
@@ -1883,18 +1881,12 @@ def test_pictures_made_elsewhere_are_scored_like_a_loras(copied, tmp_path, monke
     manifest = json.loads((mine / "rephrased" / "manifest.json").read_text())
     assert [(row["seed"], row["prompt"]) for row in listed] == [(m["seed"], m["prompt"]) for m in manifest]
     for file in mine.glob("rephrased/*.json"):
-        file.unlink()  # without a manifest: by number, 9 before 10
-    for number, file in enumerate(sorted(mine.glob("rephrased/*.png"))):
-        file.rename(file.with_name(f"img_{number + 1}.png"))
-    for number in range(5, 12):  # more than are asked for
-        shutil.copy(file.with_name("img_1.png"), file.with_name(f"img_{number}.png"))
+        file.unlink()  # without a manifest: by the names that --list says
+    for odd in ("004.png", "grid.png"):  # more than are asked for
+        shutil.copy(mine / "rephrased" / "000.png", mine / "rephrased" / odd)
     assert figures(evaluation(None, copied / "base", *given)) == wanted
-    for odd in ("grid.png", "img_13.png", "img_3 (1).png"):  # each would shift what is behind it
-        shutil.copy(file.with_name("img_1.png"), file.with_name(odd))
-        assert odd in refusal(lambda: evaluation(None, copied / "base", *given), capsys)
-        file.with_name(odd).unlink()
-    file.with_name("img_2.png").unlink()
-    assert "img_3.png" in refusal(lambda: evaluation(None, copied / "base", *given), capsys)
+    (mine / "rephrased" / "001.png").unlink()
+    assert "holds 3 of 4 pictures" in refusal(lambda: evaluation(None, copied / "base", *given), capsys)
     shutil.rmtree(mine / "rephrased")  # the frozen model's own, of another seed: the noise floor
     shutil.copytree(copied / "base" / "again" / "cat" / "rephrased", mine / "rephrased")
     rows = json.loads((mine / "rephrased" / "manifest.json").read_text())
@@ -1975,9 +1967,8 @@ def test_part_of_a_set_shares_its_pictures(copied, tmp_path, monkeypatch):
             assert [row["file"] for row in made] == ["000.png", "001.png", "002.png"]
     found, grids = figures(report), [grid["set"] for grid in report["grids"]]
     assert grids.count("coco") == 1 and "coco-500" not in grids
-    part = dict(prompts=[prompt for prompt, _ in few("coco", EMOJI)["rows"]], n=2, shared="coco")
-    mine = evaluate.own_files(base / "before" / "shared", part, "coco-500", False)
-    assert mine == [base / "before" / "shared" / "coco" / f"00{i}.png" for i in range(2)]
+    part = [base / "before" / "shared" / "coco" / f"00{i}.png" for i in range(2)]  # the manifest lists three
+    assert evaluate.own_files(part, [prompt for prompt, _ in few("coco", EMOJI)["rows"][:2]]) == part
     assert found["table2", "CLIP (emoji)"]["n"] == 3 and found["table4", "CLIP (emoji)"]["n"] == 2
     assert found["table2", "Total (emoji)"] == found["table4", "Residuals (emoji)"]
 
@@ -2012,9 +2003,9 @@ def test_list_says_which_prompts_it_lacks(copied, tmp_path, monkeypatch, capsys)
         raise evaluate.metrics.NotAvailable("I2P is away, connect")
 
     monkeypatch.setattr(evaluate, "load_prompts", away)
-    given = ["--suite", "table2", "table12", "--list"]
+    given = ["--suite", "table2", "table12", "--list", str(tmp_path / "list")]
     line = refusal(lambda: evaluation(copied / "run", tmp_path / "base", *given), capsys)
-    assert "of table2: I2P is away" in line and not (tmp_path / "base").exists()
+    assert "of table2: I2P is away" in line and not list(tmp_path.iterdir())
 
 
 def test_judge_of_a_models_folder_carries_its_name_beside_any_model(monkeypatch):
@@ -2122,8 +2113,8 @@ def test_bad_evaluation_is_one_line_before_work(copied, tmp_path, capsys, given,
     (tmp_path / "foreign" / "args.json").write_text('{"settings": {"concept": "cat"}}')
     (tmp_path / "list" / "args.json").write_text('{"settings": [1]}')
     (tmp_path / "bare" / "words.csv").write_text("text\na dog\n")
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "manifest.json").write_text('[{"file": 3, "prompt": "a cat"}]')
+    (tmp_path / "mine" / "rephrased").mkdir(parents=True)
+    (tmp_path / "mine" / "rephrased" / "manifest.json").write_text('[{"file": 3, "prompt": "a cat"}]')
     places = {name: tmp_path / name for name in ("other", "bare", "old", "both", "mine", "foreign", "list")}
     places["run"] = copied / "run"
     line = refusal(lambda: evaluation(None, tmp_path / "base", *given.format(**places).split()), capsys)
@@ -2412,9 +2403,6 @@ def test_columns_mean_what_they_say():
     assert (inside["part"], inside["better"]) == (0, None)
     assert [sets[f"target{more}"]["guidance"] for more in ("", ", guidance 1", ", guidance 5")] == [3.5, 1, 5]
     assert plan("table4")[1]["Residuals (emoji)"]["part"] == 2  # after two words: their sum
-    kept = {name: planned("table1", name)[0] for name in ("airplane", "ghost")}  # which the report notes
-    assert [one["preserved"] for sets in kept.values() for name, one in sets.items() if "other" in name] == [
-        False, True, True, True]  # the cat, the bird; the robot, the alien
     assert plan("table1")[0]["other, bird"]["prompts"] == sample.load_concept(EMOJI, "bird")["eval"]
     assert set(plan("table3")[1]["Total (emoji)"]["sets"]) == set(promptsets.attack_sets(EMOJI))
 
