@@ -18,22 +18,20 @@ import hashlib
 import itertools
 import json
 import logging
-import os
 import re
 import shlex
 import sys
 import warnings
 import zlib
-from collections import Counter
 from concurrent.futures import Future
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
-from sample import (TASKS, check_plan, check_set, contact_sheet, die, drawing_flags, encode_prompts, ending,
-                    finder_flags, fingerprint, guarded, load_concept, load_denoiser, model_flags, number,
-                    open_or_none, place, prompts_folder, read_settings, sample_set, seed_of, setup, stage,
-                    write_text)
+from sample import (TASKS, check_folder, check_plan, check_set, contact_sheet, die, drawing_flags,
+                    encode_prompts, ending, finder_flags, fingerprint, guarded, load_concept, load_denoiser,
+                    model_flags, number, open_or_none, place, prompts_folder, read_settings, sample_set,
+                    seed_of, setup, stage, write_text)
 
 SUITES = "concept table1 table2 table3 table4 table5 table7 table8 table12".split()
 ROUND = 1000  # prompts that are encoded at once
@@ -52,8 +50,8 @@ NOTES = [
     "holds (a run's own --images, --prompts or --preserve may). Of Table 1's other two of a category those "
     "are preserved, too, that the file calls neighbours.",
     "Cost lacks the forward passes of sampling that was killed, and of images that another run had made.",
-    "Intervals hold for these prompts and this seed; another training run differs by more (README: results)."]
-PAPERS_N = "The paper's counts are of whole prompt sets, ours of what the filter keeps of them, the n shown."
+    "Intervals hold for these prompts and this seed; another training run differs by more (README: results).",
+    "The paper's counts, if shown, are of whole prompt sets, ours, with their n, of what the filter keeps."]
 
 def arguments(given=None):
     parser = model_flags(__doc__, needs_concept=False, out="the frozen model's pictures, for all LoRAs "
@@ -101,7 +99,6 @@ from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE as WEIGHTS  # noqa
 from diffusers.training_utils import free_memory  # noqa: E402
 from huggingface_hub import snapshot_download  # noqa: E402
 from PIL import Image  # noqa: E402
-from tqdm import tqdm  # noqa: E402
 
 import metrics  # noqa: E402
 from mask import find_masks  # noqa: E402
@@ -161,20 +158,19 @@ def read_rows(args):
         name = args.pictures.resolve().name
         return [dict(name=name, folder=args.pictures, digest=None, forgotten=args.concept,
                      asked=args.concept[0])]
-    rows, flag = [], "compare" if args.compare else "lora"
+    rows = []
     for folder in args.lora:
         if not (folder / WEIGHTS).exists():
-            die(f"--{flag} {folder}: " + (f"holds no {WEIGHTS}" if folder.is_dir() else "is no folder"))
+            die(f"{folder}: holds no {WEIGHTS}")
         runs = [f / "args.json" for f in (folder, folder.parent)]  # the latter for --save-every's step-N
         run = next((f for f in runs if f.exists()), runs[0])
         settings = read_settings(run, None if args.concept else "--concept is missing, give it")
         base, forgotten = settings.get("model", args.model), settings.get("concept")
-        if not isinstance(forgotten, list):  # another tool's file
+        own = settings.get("images") and args.concept  # those need no prompt file, an evaluation does
+        if own or not isinstance(forgotten, list):  # which another tool's file may have
             forgotten = args.concept or die(f"{run}: names no concept, give --concept")
-        if settings.get("images") and args.concept:  # own pictures need no prompt file, an evaluation does
-            forgotten = args.concept
         if Path(base).name != Path(args.model).name:
-            die(f"--{flag} {folder}: was trained on {base}, not on --model {args.model}")
+            die(f"{folder}: was trained on {base}, not on --model {args.model}")
         asked, forgotten = sorted({*(args.concept or forgotten)}), sorted(forgotten)  # in whatever order
         alone = len(asked) == 1 or set(args.suite) <= HARM | {"table8"}  # the others ask about one concept
         if not alone or not set(asked) <= set(forgotten):
@@ -188,7 +184,7 @@ def read_rows(args):
     for names in zip(*[(row["asked"], row["folder"].resolve().name, str(row["folder"])) for row in rows]):
         if len(set(names)) == len(rows):  # the shortest that tells them apart
             return [row | dict(name=name) for row, name in zip(rows, names)]
-    die(f"--{flag}: names one LoRA twice")
+    die("--lora, --compare: names one LoRA twice")
 
 def check_loras(loras, model):
     """Refuse one of {digest: folder} that is corrupt or does not fit, before anything is written: they are
@@ -199,8 +195,7 @@ def check_loras(loras, model):
         network = FluxTransformer2DModel.from_config(config)
     layers = {f"transformer.{name}" for name, _ in network.named_modules()}
     for digest, folder in loras.items():
-        if not os.access(folder, os.W_OK):
-            die(f"--lora {folder}: cannot be written to, and what it draws goes there: copy it")
+        check_folder("lora", folder)  # what it draws goes there
         try:
             lora, alphas = FluxPipeline.lora_state_dict(folder, return_alphas=True)
             odd = [key for key in lora if key.split(".lora")[0].removesuffix(".alpha") not in layers]
@@ -247,7 +242,8 @@ def plan_jobs(rows, args):
                 # the noise depends on the set, not on guidance or LoRA
                 job = argparse.Namespace(
                     folder=(after if when == "after" else args.out / when) / part, made_by=made_by,
-                    noise=f"evaluate {called.split(',')[0]}", prompts=one["prompts"], n=one["n"], args=mine)
+                    noise=f"evaluate {called.split(',')[0]}", prompts=one["prompts"], n=one["n"], args=mine,
+                    broken=[])  # of its files, those that score() could not read
                 job.files = [job.folder / f"{i:03}.png" for i in range(job.n)]
                 if args.pictures and when == "after":
                     job.files = [args.pictures / called / file.name for file in job.files]
@@ -314,13 +310,9 @@ def score(job, asked, key, load):
         return found
 
     question = zlib.crc32(json.dumps(asked).encode())
-    return np.array(keep(job.folder, f"{key}, {question:08x}, {job.n}", job.files, make))
-
-def unreadable(job):
-    """Those of a job's pictures that cannot be read, whatever network could be had to look at them."""
-    found = keep(job.folder, f"unreadable, {job.n}", job.files,
-                 lambda: [i for i, file in enumerate(job.files) if not open_or_none(file)])
-    return [str(job.files[i]) for i in found]
+    found = np.array(keep(job.folder, f"{key}, {question:08x}, {job.n}", job.files, make))
+    job.broken = [str(file) for file, row in zip(job.files, found) if np.isnan(row).any()]
+    return found
 
 def change(before, other, masks_of):
     """(N, 2): how much a pixel changes inside and outside of the concept's mask; NaN where there is none."""
@@ -408,17 +400,14 @@ def make_matrices(row, jobs, key, load, seed):
     sets = {name: one for name, one in row["sets"].items() if "shows" in one}
     named = list(dict.fromkeys(tuple(phrases) for one in sets.values() for phrases in one["shows"]))
     starts, phrases = np.cumsum([0, *map(len, named[:-1])]), sum(named, ())
+    shows = [" / ".join(some) for one in sets.values() for some in one["shows"][:one["n"]]]  # (N,)
     for when in ("before", "after") if len(sets) > 1 else ():
         said = np.concatenate([score(jobs[row["name"], name, when], [phrases] * one["n"], key, load)
                                for name, one in sets.items()])  # (N, phrases)
         said = np.maximum.reduceat(said, starts, axis=1)  # (N, named), a yes to any phrase
-        shows = [" / ".join(phrases) for one in sets.values() for phrases in one["shows"][:one["n"]]]
-        read = ~np.isnan(said).any(1)  # (N,)
-        groups, percent = list(dict.fromkeys(shows)), metrics.confusion(said, shows)  # (groups, named)
-        counts = Counter(np.array(shows)[read].tolist())
+        groups, n, percent = zip(*metrics.confusion(said, shows))
         yield dict(row=row["name"], when=when, network=key.removeprefix("judge, "), seed=seed, asked=groups,
-                   n=[counts[group] for group in groups], named=list(map(" / ".join, named)),
-                   percent=[[None if np.isnan(p) else p for p in shares] for shares in percent.tolist()])
+                   n=n, named=list(map(" / ".join, named)), percent=percent)
 
 def make_cell(row, column, args):
     """One figure of the report; report.py says what is in it."""
@@ -573,10 +562,9 @@ def main(args):
         return
     with stage("evaluate: score", args.out):
         matrices = score_all(rows, jobs, concepts, words, args)
-        broken = sorted({file for job in tqdm(jobs.values(), desc="read again") for file in unreadable(job)})
+    broken = sorted({file for job in jobs.values() for file in job.broken})
     runs = [read_run(row) for row in rows]
     cells = [make_cell(row, column, args) for row in rows for column in row["columns"]]
-    notes = NOTES + [PAPERS_N] * any(cell["paper"] for cell in cells)
     public = sorted({name for row in rows for name, one in row["sets"].items() if "seeds" in one})
     report = dict(
         version=VERSION, command=shlex.join(["python", "evaluate.py", *sys.argv[1:]]), model=args.model,
@@ -587,7 +575,7 @@ def main(args):
         grids=list(make_grids(rows, jobs, concepts, args)),
         curves=[curve for curve, _ in runs if curve],
         cost=[cost or dict(row=row["name"]) for row, (_, cost) in zip(rows, runs) if row["digest"]],
-        dropped={name: prompts_of(name)["dropped"] for name in public}, broken=broken, notes=notes)
+        dropped={name: prompts_of(name)["dropped"] for name in public}, broken=broken, notes=NOTES)
     write_report(report, folder)
     show(report, folder)
     print(f"\nlook at {folder / 'report.html'}")

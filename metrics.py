@@ -115,13 +115,16 @@ def locality(before, after, masks):
     return rows
 
 def confusion(answers, asked):
-    """Answers (N, M) about M names, NaN: not read; asked: each picture's group -> percent of yes (groups, M),
-    groups in the order in which asked first has them; NaN where none of a group could be read."""
-    answers = np.asarray(answers, float)
-    groups = dict.fromkeys(asked)
-    member = np.array([[float(one == group) for one in asked] for group in groups])  # (groups, N)
-    with np.errstate(invalid="ignore"):  # 0 / 0
-        return 100 * (member @ np.nan_to_num(answers)) / (member @ ~np.isnan(answers))
+    """Answers (N, M) about M names, NaN: not read; asked: each picture's group -> [(group, how many of its
+    pictures could be read, their percent of yes to each name, None where none could)]."""
+    groups = {}
+    for row, group in zip(np.asarray(answers, float), asked, strict=True):
+        groups.setdefault(group, []).append(row)
+    for group, rows in groups.items():
+        read = np.array([row for row in rows if not np.isnan(row).any()]).reshape(-1, len(rows[0]))
+        n = len(read)
+        groups[group] = n, (100 * read.sum(0) / n).tolist() if n else [None] * read.shape[1]
+    return [(group, *found) for group, found in groups.items()]
 
 def load_clip(name, device):
     """-> embed(images=N pictures) or embed(text=N strings) -> unit embeddings (N, E); exp(logit_scale)."""

@@ -233,13 +233,13 @@ def test_confusion_has_a_row_a_group_and_a_column_a_name():
     asked = ["dog", "cat", "dog", "cat", "dog", "dog"]
     answers = np.array([[0, 1, 0], [1, 0, 0], [0, 1, 0], [1, 1, 0], [0, 1, 0], [1, 0, 0]], bool)
     found = metrics.confusion(answers, asked)
-    assert found.tolist() == [[25, 75, 0], [100, 50, 0]]  # dog, of 4 pictures, then cat, of 2
+    assert found == [("dog", 4, [25, 75, 0]), ("cat", 2, [100, 50, 0])]
     with pytest.raises(ValueError):
         metrics.confusion(answers, asked[1:])
     answers = answers.astype(float)
     answers[[0, 1, 3]] = NAN  # could not be read: a dog, and both cats
     found = metrics.confusion(answers, asked)
-    np.testing.assert_allclose(found, [[100 / 3, 200 / 3, 0], [NAN] * 3])
+    assert found == [("dog", 3, [100 / 3, 200 / 3, 0]), ("cat", 0, [None] * 3)]
 
 
 # ---------------------------------------------------------------------------------------- CLIP, judges

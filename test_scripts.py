@@ -1864,7 +1864,7 @@ def test_several_loras_of_one_concept_are_compared_in_pairs(copied, tmp_path, ca
     assert "has forgotten cat: give one of them" in refusal(lambda: evaluation(None, tmp_path, *dog), capsys)
 
 
-def test_pictures_made_elsewhere_are_scored_like_a_loras(copied, tmp_path, monkeypatch, capsys):
+def test_pictures_made_elsewhere_are_scored_like_a_loras(copied, tmp_path, capsys):
     mine = tmp_path / "mine"
     given = ["--images", str(mine), "--concept", "cat", "--suite", "table12"]
     line = refusal(lambda: evaluation(None, copied / "base", *given), capsys)
@@ -1903,15 +1903,6 @@ def test_pictures_made_elsewhere_are_scored_like_a_loras(copied, tmp_path, monke
     assert "1 of the pictures cannot be read" in line and "002.png; draw them again" in line
     report = json.loads((copied / "base" / "report" / "report.json").read_text())
     assert figures(report)["table12", "rephrased"]["n"] == 3 and report["broken"] == [str(broken)]
-
-    def away(*_):
-        raise evaluate.metrics.NotAvailable("no judge, connect")
-
-    monkeypatch.setattr(evaluate.metrics, "load_judge", away)
-    for file in copied.rglob("rephrased/scores.json"):
-        file.unlink()
-    line = refusal(lambda: evaluation(None, copied / "base", *given), capsys, code=1)
-    assert "1 of the pictures cannot be read" in line and "002.png" in line  # though nothing asked about it
 
 
 def test_group_of_which_no_picture_can_be_read_has_an_empty_row_in_the_matrix(copied, tmp_path, capsys):
@@ -2284,9 +2275,9 @@ def test_corrupt_foreign_or_missing_lora_is_one_line(tmp_path, capsys):
 
 
 def test_lora_that_cannot_be_written_to_is_refused_before_work(monkeypatch, capsys):
-    monkeypatch.setattr(evaluate.os, "access", lambda *_: False)
+    monkeypatch.setattr(sample.os, "access", lambda *_: False)
     cat = Path(EMOJI) / "loras" / "cat"
-    assert "cannot be written to" in refusal(lambda: evaluate.check_loras(dict(a=cat), EMOJI), capsys)
+    assert "that can be written to" in refusal(lambda: evaluate.check_loras(dict(a=cat), EMOJI), capsys)
 
 
 def test_pictures_without_any_mask_have_no_locality(tmp_path):
@@ -2372,9 +2363,9 @@ def test_matrix_rows_are_what_the_pictures_were_asked_for(monkeypatch):
                                    preserved=dict(n=2, shows=[["a dog"], ["a fox"]])))
     jobs = {("r", name, when): name for name in seen for when in ("before", "after")}
     before, _ = evaluate.make_matrices(row, jobs, "judge, clip@1", None, 0)
-    assert before["asked"] == before["named"] == ["a cat", "a dog", "a fox"]
-    assert before["percent"] == [[50, 50, 0], [0, 100, 0], [0, 0, 100]]
-    assert (before["network"], before["seed"], before["n"]) == ("clip@1", 0, [2, 1, 1])
+    assert list(before["asked"]) == before["named"] == ["a cat", "a dog", "a fox"]
+    assert list(before["percent"]) == [[50, 50, 0], [0, 100, 0], [0, 0, 100]]
+    assert (before["network"], before["seed"], before["n"]) == ("clip@1", 0, (2, 1, 1))
 
 
 def test_one_lora_at_a_time(monkeypatch):
