@@ -255,12 +255,11 @@ def train(pipe, forget, preserve, embeds, presets, args, stamp=None):
         for p in params:
             p.grad = reduce(p.grad, "mean")  # over the processes of accelerate launch
         norm = torch.nn.utils.get_total_norm([p.grad for p in params])
-        if not math.isfinite(info["loss"].mean()) or not math.isfinite(norm):
-            stop(f"step {step}: loss {info['loss'].mean():.4g}, gradient norm {norm:.4g}")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if not math.isfinite(torch.nn.utils.get_total_norm([p.detach() for p in params])):
-            stop(f"step {step}: the LoRA has grown without bound")  # in all processes: all hold the same
+        size, mean = torch.nn.utils.get_total_norm([p.detach() for p in params]), info["loss"].mean()
+        if not all(map(math.isfinite, (mean, norm, size))):  # in all processes: all hold the same
+            stop(f"step {step}: loss {mean:.4g}, norm of the gradient {norm:.4g}, of the LoRA {size:.4g}")
         d_lr = optimizer.param_groups[0].get("d", 1.0) * args.lr  # Prodigy's own step size
         row = dict(step=step, concept=args.concept[turn])
         row |= {k: v.mean().item() for k, v in info.items() if k != "sigma"}
