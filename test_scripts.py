@@ -288,6 +288,31 @@ def test_gated_model_asks_for_its_licence(monkeypatch, capsys):
     assert "licence" in line and "hf auth login" in line
 
 
+@pytest.mark.parametrize("extra, free, refused", [
+    ([], 25, None), ([], 23, "24.00 GiB, 12.12 with --quantize int8; cpu has 23.00 GiB free"),
+    (["--dtype", "float32"], 47, "48.00 GiB, 12.12 with --quantize int8; cpu has 47.00 GiB free"),
+    (["--quantize", "int8"], 13, None), (["--quantize", "int8"], 12, "12.12 GiB; cpu has 12.00 GiB free")])
+def test_model_on_the_hub_is_weighed_by_its_files(extra, free, refused, monkeypatch, capsys):
+    sizes = {"flux1-dev.safetensors": 24,  # it is not downloaded
+             "vae/diffusion_pytorch_model.safetensors": 0.2, "transformer/config.json": 99,
+             "text_encoder_2/model-00001-of-00002.safetensors": 5,
+             "text_encoder_2/model-00002-of-00002.safetensors": 4,
+             "transformer/diffusion_pytorch_model-00001-of-00002.safetensors": 14,
+             "transformer/diffusion_pytorch_model-00002-of-00002.safetensors": 10}
+    files = [Namespace(rfilename=name, size=gib * 2**30) for name, gib in sizes.items()]
+    monkeypatch.setattr(sample, "HfApi", lambda: Namespace(
+        model_info=lambda *_, **__: Namespace(siblings=files, sha="abc"), auth_check=lambda _: None))
+    monkeypatch.setattr(sample, "snapshot_download", lambda *_, **__: open("no such cache"))
+    monkeypatch.setattr(sample, "hf_hub_download", lambda _, file: Path(EMOJI) / file)
+    monkeypatch.setattr(sample, "free_bytes", lambda _: free * 2**30)
+    args = sample.arguments(["--concept", "cat", "--dtype", "bfloat16", "--device", "cpu", *extra])
+    args.dtype = getattr(torch, args.dtype)
+    if refused:
+        assert f"its transformer needs {refused}" in refusal(lambda: sample.check_model(args), capsys)
+    else:
+        assert sample.check_model(args) == (64, "abc")
+
+
 @pytest.mark.parametrize("broken", [
     "transformer", "text_encoder_2", "vae/config.json", "cut short", "shards"])
 def test_model_with_a_missing_part_is_refused_before_work(broken, tmp_path, monkeypatch, capsys):
