@@ -291,7 +291,9 @@ def test_gated_model_asks_for_its_licence(monkeypatch, capsys):
 @pytest.mark.parametrize("extra, free, refused", [
     ([], 25, None), ([], 23, "24.00 GiB, 12.12 with --quantize int8; cpu has 23.00 GiB free"),
     (["--dtype", "float32"], 47, "48.00 GiB, 12.12 with --quantize int8; cpu has 47.00 GiB free"),
-    (["--quantize", "int8"], 13, None), (["--quantize", "int8"], 12, "12.12 GiB; cpu has 12.00 GiB free")])
+    (["--quantize", "int8"], 13, None), (["--quantize", "int8"], 12, "12.12 GiB; cpu has 12.00 GiB free"),
+    (["--device", "cuda"], 30, "24.00 GiB, 12.12 with --quantize int8, 6.84 with --quantize nf4; cuda"),
+    (["--device", "cuda", "--offload"], 30, None), (["--device", "cuda", "--offload"], 20, "24.00 GiB")])
 def test_model_on_the_hub_is_weighed_by_its_files(extra, free, refused, monkeypatch, capsys):
     sizes = {"flux1-dev.safetensors": 24,  # it is not downloaded
              "vae/diffusion_pytorch_model.safetensors": 0.2, "transformer/config.json": 99,
@@ -304,7 +306,7 @@ def test_model_on_the_hub_is_weighed_by_its_files(extra, free, refused, monkeypa
         model_info=lambda *_, **__: Namespace(siblings=files, sha="abc"), auth_check=lambda _: None))
     monkeypatch.setattr(sample, "snapshot_download", lambda *_, **__: open("no such cache"))
     monkeypatch.setattr(sample, "hf_hub_download", lambda _, file: Path(EMOJI) / file)
-    monkeypatch.setattr(sample, "free_bytes", lambda _: free * 2**30)
+    monkeypatch.setattr(sample, "free_bytes", lambda where: dict(cpu=free, cuda=10)[where] * 2**30)
     args = sample.arguments(["--concept", "cat", "--dtype", "bfloat16", "--device", "cpu", *extra])
     args.dtype = getattr(torch, args.dtype)
     if refused:
@@ -575,6 +577,8 @@ def test_overlapping_boxes_become_one_rectangle():
     tall, far, bridge, apart = [0, 0, 2, 10], [5, 0, 7, 1], [1, 8, 6, 9], [20, 0, 24, 4]
     found = mask.enclose(np.array([tall, far, bridge, apart]))  # what bridge and tall become reaches far
     assert found.tolist() == [[0, 0, 7, 10], apart]
+    beside = [[0, 0, 2, 4], [3, 1, 5, 3], [0, 6, 2, 8], [2, 0, 3, 4]]  # of one height, or width; touching
+    assert mask.enclose(np.array(beside)).tolist() == beside
     assert mask.enclose(np.zeros((0, 4))).shape == (0, 4)
 
 
@@ -616,6 +620,7 @@ def test_sam_checkpoint_tells_its_own_architecture():
     published = sam_model_registry["vit_b"]()
     ours = mask.load_sam(published.state_dict())
     assert str(ours) == str(published)
+    assert ours.pixel_mean.equal(published.pixel_mean) and ours.pixel_std.equal(published.pixel_std)
     blocks = zip(ours.image_encoder.blocks, published.image_encoder.blocks)
     assert all((a.window_size, a.attn.num_heads) == (b.window_size, b.attn.num_heads) for a, b in blocks)
 
@@ -673,13 +678,14 @@ def test_nudity_masks_are_nudenets_exposed_boxes(monkeypatch):
         def detect(self, pixels):
             assert pixels[0, 0].tolist() == [3, 2, 1]  # BGR
             return [{"class": name, "score": score, "box": [x, 20, 30, 5]} for x, name, score in (
-                (10, "BELLY_EXPOSED", 0.5), (15, "BELLY_COVERED", 0.9), (20, "FEET_EXPOSED", 0.1))]
+                (10, "BELLY_EXPOSED", 0.5), (15, "BELLY_COVERED", 0.9), (20, "FEET_EXPOSED", 0.1),
+                (50, "ANUS_EXPOSED", 0.2))]
 
     monkeypatch.setitem(sys.modules, "nudenet", Namespace(NudeDetector=Detector))
     concept = dict(detect=["nudenet"], task="nsfw")
     found, = mask.find_masks([Image.new("RGB", (64, 48), (1, 2, 3))], concept, Namespace(threshold=0.2))
     wanted = np.zeros((48, 64), bool)
-    wanted[20:25, 10:40] = True
+    wanted[20:25, 10:40] = wanted[20:25, 50:64] = True
     assert np.array_equal(found, wanted)
 
 
@@ -857,6 +863,8 @@ def test_training_leaves_what_it_promises(trained):
     with open(trained / "log.csv", newline="") as file:
         log = list(csv.DictReader(file))
     assert len(log) == 12 and {row["d_lr"] for row in log} == {"0.001"}  # AdamW's
+    assert {row["forwards"] for row in log} == {"24"}  # 4 + 4 images x reference, forward, backward
+    assert {step.name for step in trained.glob("step-*")} == {"step-6", "step-12"}
     assert not list(trained.rglob("*.tmp"))
 
 
@@ -1250,8 +1258,10 @@ def test_schnell_has_no_guidance_and_goes_through_the_same_code(tmp_path):
     save_file(kept, weights, metadata={"format": "pt"})
     out = drawn_cats(tmp_path / "cat")
     few = ["--n-preserve", "1", "--batch", "2", "--steps", "2"]
-    run_train(out, "--model", str(model), "--offload", *few, pictures=True)
+    run_train(out, "--model", str(model), "--offload", "--checkpointing", *few, pictures=True)
     assert load_file(out / WEIGHTS) and (out / "before_after.png").exists()
+    with open(out / "log.csv", newline="") as file:
+        assert {row["forwards"] for row in csv.DictReader(file)} == {"16"}  # 2 + 2 images x 4 passes
 
 
 def test_several_concepts_take_turns_and_are_never_preserved(tmp_path, capsys):
@@ -1607,11 +1617,13 @@ def test_bf16_base_has_a_float32_lora():
     assert dS.dtype == torch.float32 and not dS.any()
 
 
-def test_card_names_the_licence(tmp_path):
+def test_card_names_the_licence_and_the_last_steps_means(tmp_path):
     for model, licence in (("FLUX.1-dev", "other"), ("FLUX.1-schnell", "apache-2.0")):
         settings = dict(model=f"black-forest-labs/{model}", rank=4)
-        train.write_card([dict(name="cat")], settings, [dict(dS=1, alpha=0, prior=0)], tmp_path / "README.md")
+        rows = [dict(dS=i, alpha=0.25, prior=0) for i in range(20)]  # the last tenth: 18 and 19
+        train.write_card([dict(name="cat")], settings, rows, tmp_path / "README.md")
         text = (tmp_path / "README.md").read_text()
+        assert "averaged: 2): dS 18.50" in text and "gate 0.2500" in text
         assert f"base_model: black-forest-labs/{model}\nlicense: {licence}\n" in text
         assert ("Non-Commercial" in text) == (model == "FLUX.1-dev")
 
@@ -2007,8 +2019,10 @@ def test_cost_has_the_steps_that_a_kill_cut_off_and_no_evaluation(copied, tmp_pa
     steps = sum(float(line["seconds"]) for line in csv.DictReader(open(tmp_path / "run" / "log.csv")))
     others = sum(float(line.split(",")[1]) for line in lines if not line.startswith("train,"))
     assert whole["seconds"] >= others + steps > steps
-    with sample.stage("evaluate: score", tmp_path / "run"):
+    with sample.stage("evaluate: score", tmp_path / "run") as peak:
         time.sleep(0.02)
+    *_, rss, _, _ = path.read_text().splitlines()[-1].split(",")
+    assert float(rss) == pytest.approx(peak[1] / 2**30, abs=0.001)
     assert evaluate.read_run(row)[1] == whole
     path.write_text(re.sub("(?m)^train,[^,]*", "train,0.01", path.read_text()))
     assert evaluate.read_run(row)[1] == whole | dict(seconds=pytest.approx(others + steps))
