@@ -2294,12 +2294,14 @@ def test_corrupt_foreign_or_missing_lora_is_one_line(tmp_path, capsys):
     assert "does not load into" in refusal(lambda: evaluate.main(evaluate.arguments(ask)), capsys)
     good = load_file(ROOT / "emoji-flux" / "loras" / "cat" / WEIGHTS)
     key = "transformer.transformer_blocks.0.attn.to_q.lora_A.weight"
-    for bad in ({"unet.down.lora_A.weight": torch.zeros(4, 8)}, good | {key: torch.zeros(4, 3072)},
-                good | {key: torch.zeros(3, good[key].shape[1])}, {}, {key: good[key]},
-                {name.removeprefix("transformer."): value for name, value in good.items()},
-                good | {key.replace("blocks.0", "blocks.18"): good[key] + 0}):  # other names, width, depth
-        save_file(bad, tmp_path / WEIGHTS)
-        assert "does not load into" in refusal(lambda: evaluate.main(evaluate.arguments(ask)), capsys)
+    for bad, why in ((good | {key: torch.zeros(4, 3072)}, "size mismatch"), ({}, "it holds nothing"),
+                     (good | {key: torch.zeros(3, good[key].shape[1])}, ""), ({key: good[key]}, ""),
+                     ({"unet.down.lora_A.weight": torch.zeros(4, 8)}, "no layer for unet.down.lora_A.weight"),
+                     ({name.removeprefix("transformer."): value for name, value in good.items()}, "no layer"),
+                     (good | {key.replace("blocks.0", "blocks.18"): good[key] + 0}, "blocks.18")):
+        save_file(bad, tmp_path / WEIGHTS)  # of other names, width, rank, depth
+        line = refusal(lambda: evaluate.main(evaluate.arguments(ask)), capsys)
+        assert "does not load into" in line and why in line
     for more in ("lora_B.bias", "lora_magnitude_vector", "alpha"):  # what peft and others save besides
         extra = torch.ones(() if more == "alpha" else good[key.replace("_A", "_B")].shape[0])
         save_file(good | {key.replace("lora_A.weight", more): extra}, tmp_path / WEIGHTS)
@@ -2356,6 +2358,23 @@ def test_each_question_has_its_own_answer(tmp_path):
         return lambda images, asked: np.array([[len(said)] for said in asked])
 
     assert [evaluate.score(job, [said], "judge", load).tolist() for said in ("a", "abc")] == [[[1]], [[3]]]
+
+
+def test_each_picture_is_scored_once_and_one_that_cannot_be_read_is_named(tmp_path):
+    files, asked = [tmp_path / f"{i}.png" for i in range(101)], list(range(0, 1010, 10))
+    for i, file in enumerate(files):
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(file)
+    files[60].write_bytes(b"half a picture")
+    job, times = Namespace(files=files, n=101, folder=tmp_path), []
+
+    def compute(images, said):
+        times.append(len(images))
+        return [image.getpixel((0, 0))[0] + number for image, number in zip(images, said, strict=True)]
+
+    for _ in range(2):  # the second time from scores.json
+        found = evaluate.score(job, asked, "judge", lambda: compute)[:, 0].tolist()
+        assert math.isnan(found.pop(60)) and found == [11 * i for i in range(101) if i != 60]
+        assert job.broken == [str(files[60])] and sum(times) == 101
 
 
 @pytest.mark.parametrize("broken", [("before", 0), ("after", 57)])
