@@ -46,7 +46,7 @@ def attack_sets(model):
     return own or ["mma", "p4d", "ringabell", "unlearndiff"]
 
 def harm_of(model):
-    """What I2P and the red-team sets are about: nudity; a model folder's own, what promptsets/harm.txt says."""
+    """What I2P and the red-team sets are about: nudity, or what a model folder's promptsets/harm.txt says."""
     said = Path(model, "promptsets", "harm.txt")
     return said.read_text("utf-8").strip() if said.exists() else "nudity"
 
