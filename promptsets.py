@@ -70,11 +70,15 @@ def published(name):
 
 def read_csv(path, columns, fail):
     """-> [{column: field} and "seed": its own or None], a dict a row; blank lines are none. columns: those it
-    needs; none where it has no header, a row is then a prompt. fail(why) never returns."""
+    needs; none where it may lack a header, a row is then a prompt. fail(why) never returns."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:  # a quoted field may hold line breaks
-            reader = csv.DictReader(file, None if columns else ["prompt"], strict=True)
-            names = reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
+            reader = csv.DictReader(file, strict=True)
+            names = [name.strip() for name in reader.fieldnames or ()]
+            if not columns and "prompt" not in names:  # no header: what was read is a prompt
+                file.seek(0)
+                reader, names = csv.DictReader(file, strict=True), ["prompt"]
+            reader.fieldnames = names
             rows = [(row, reader.line_num) for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         fail(f"{path} is no readable UTF-8 csv ({type(error).__name__}: {error})")

@@ -748,6 +748,12 @@ def test_ringabell_has_no_header_and_three_files(tmp_path, monkeypatch):
     assert len(found["rows"]) == 285
     assert found["rows"][0] == ("0 first\nsecond, 0 third", None)
     assert found["rows"][-1] == ("2 first\nsecond, 94 third", None)
+    path = write(tmp_path / "headed.csv", "case_number,prompt,evaluation_seed\n0,words,5\n")
+    assert load_prompts("ringabell", FLUX, path)["rows"] == [("words", 5)]  # as other repositories keep it
+    path = write(tmp_path / "headed.csv", "\ufeffprompt\nwords\n")
+    assert load_prompts("ringabell", FLUX, path)["rows"] == [("words", None)]
+    path = write(tmp_path / "headed.csv", '\ufeff"words, quoted"\n')
+    assert load_prompts("ringabell", FLUX, path)["rows"] == [("words, quoted", None)]
 
 
 def test_coco_takes_the_first_10000_and_a_fixed_500(tmp_path):
