@@ -244,10 +244,14 @@ MEND = "mend it or take it away"
 def own_pictures(args):
     """--images, all checked -> [(file, caption)]; a caption that mentions minors drops its picture."""
     suffixes = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-    found = sorted(f for f in args.images.glob("*") if f.suffix.lower() in suffixes)
-    files = [f for f in found if not f.stem.lower().endswith(".mask")]
-    if odd := sorted({*found} - {*files} - {f.with_suffix(".mask.png") for f in files}):
-        die(f"--images: {odd[0]}: there is no picture of that name (a mask's name ends in .mask.png): {MEND}")
+    files = sorted(args.images.glob("*"))
+    beside = {f for f in files if f.suffix == ".txt" or f.name.endswith(".mask.png")}
+    files = [f for f in files if f.suffix.lower() in suffixes and f not in beside]
+    if odd := [f for f in files if f.stem.lower().endswith(".mask")]:
+        die(f"--images: {odd[0]}: a mask's name ends in .mask.png")
+    strays = beside - {f.with_suffix(end) for f in files for end in (".txt", ".mask.png")}
+    if odd := sorted(f for f in strays if f.resolve() != args.preserve.resolve()):
+        die(f"--images: {odd[0]}: there is no picture of that name: {MEND}")
     rows = []
     for file in files:
         text, by_mask = file.with_suffix(".txt"), file.with_suffix(".mask.png")
