@@ -1382,7 +1382,8 @@ def test_preserve_file_may_lie_among_your_own_pictures(tmp_path):
     ("black mask", "all black"), ("white mask", "all white"), ("three pictures", "--batch 4"),
     ("Latin caption", "UTF-8"), ("pixel bomb", "DecompressionBombError"),
     ("two concepts", "needs one --concept"), ("MASK.PNG", "a mask's name ends in .mask.png"),
-    ("stray mask", "01.mask.png: there is no picture"), ("cut mask", "all black, cropped square")])
+    ("stray mask", "01.mask.png: there is no picture"), ("cut mask", "all black, cropped square"),
+    ("stray caption", "01.txt: there is no picture")])
 def test_your_own_pictures_are_refused_in_one_line(tmp_path, capsys, monkeypatch, case, named):
     draw(mine := tmp_path / "mine", 3 if case == "three pictures" else 4)
     (tmp_path / "keep.txt").write_text("a tiger\na truck\na pizza\n")
@@ -1408,6 +1409,8 @@ def test_your_own_pictures_are_refused_in_one_line(tmp_path, capsys, monkeypatch
         edge = np.zeros((64, 128), np.uint8)
         edge[:, :9] = 255
         Image.fromarray(edge).save(mine / "000.mask.png")
+    elif case == "stray caption":
+        (mine / "01.txt").write_text("a cat on a beach")
     elif case == "stray mask":
         Image.new("L", (64, 64), 255).save(mine / "01.mask.png")
     elif "mask" in case:
