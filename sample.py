@@ -616,12 +616,15 @@ def contact_sheet(images, path, columns=10, side=96, titles=()):
     save_image(sheet, path)
 
 def encode_prompts(model, prompts, device, dtype):
-    """{prompt: (T5 states (T, E), pooled CLIP state (P,))} on the CPU; the encoders are freed on return."""
+    """{prompt: (T5 states (T, E), pooled CLIP state (P,))} on the CPU; the encoders are freed on return.
+    A prompt that mentions minors only once put together, as pairs are, has passed the filter by its parts."""
+    if odd := sorted(prompt for prompt in prompts if MINORS.search(prompt)):
+        die(f"{odd[0]}: mentions minors once put together: mend the concept's file", 1)
     pipe = FluxPipeline.from_pretrained(model, transformer=None, vae=None, dtype=dtype).to(device)
     length = pipe.tokenizer_2.model_max_length
     found = {}
     with torch.no_grad():  # encode_prompt alone keeps a graph
-        for prompt in tqdm(sorted(set(allowed(prompts, "prompts"))), desc="encode prompts"):
+        for prompt in tqdm(sorted(set(prompts)), desc="encode prompts"):
             states, pooled, _ = pipe.encode_prompt(prompt, None, device=device, max_sequence_length=length)
             found[prompt] = states[0].cpu(), pooled[0].cpu()
     return found
