@@ -186,11 +186,11 @@ def read_rows(args):
             return [row | dict(name=name) for row, name in zip(rows, names)]
     die("--lora, --compare: names one LoRA twice")
 
-def check_loras(loras, model):
+def check_loras(loras, args):
     """Refuse one of {digest: folder} that is corrupt or does not fit, before anything is written: they are
     loaded into a network without memory."""
     logging.getLogger("diffusers.loaders.peft").setLevel(logging.CRITICAL)  # it would say the same before us
-    config = FluxTransformer2DModel.load_config(model, subfolder="transformer")
+    config = FluxTransformer2DModel.load_config(args.model, subfolder="transformer", revision=args.weights)
     with torch.device("meta"):
         network = FluxTransformer2DModel.from_config(config)
     layers = {f"transformer.{name}" for name, _ in network.named_modules()}
@@ -205,7 +205,8 @@ def check_loras(loras, model):
                 FluxPipeline.load_lora_into_transformer(lora, alphas, network, adapter_name=digest)
             network.set_adapters(digest)
         except Exception as error:  # safetensors, peft and diffusers' converters have many names for it
-            die(f"--lora {folder}: does not load into {model}: {str(error).strip().splitlines()[-1].strip()}")
+            why = str(error).strip().splitlines()[-1].strip()
+            die(f"--lora {folder}: does not load into {args.model}: {why}")
 
 def own_files(files, said):
     """Where pictures made elsewhere are, those files if no manifest.json lists others; it must have the
@@ -271,7 +272,7 @@ def in_rounds(jobs, group):
 
 def sample_round(prompts, parts, loras, args):
     """One round of in_rounds; free its networks after it: diffusers' hooks hold them in a cycle."""
-    embeds = encode_prompts(args.model, prompts, args.device, args.dtype)
+    embeds = encode_prompts(prompts, args)
     pipe = load_denoiser(args)
     with warnings.catch_warnings(action="ignore"):  # peft's, that there are several: they take turns
         for digest, folder in loras.items():
@@ -517,7 +518,7 @@ def main(args):
         if row.get("weights") not in (None, args.weights):
             print(f"{row['folder']}: was trained on other weights, {row['weights']}, than {args.weights}")
     loras = {row["digest"]: row["folder"] for row in rows if row["digest"]}  # the same one only once
-    check_loras(loras, args.model)
+    check_loras(loras, args)
     if not (Path(args.model) / "clip").is_dir():  # these judge photographs; a model with a judge brings none
         args.image_reward = args.image_reward or "THUDM/ImageReward"
         args.pick_score = args.pick_score or "yuvalkirstain/PickScore_v1"

@@ -61,7 +61,7 @@ def model_flags(doc, needs_concept=True, out="default out/MODEL-CONCEPT, with -S
     parser = argparse.ArgumentParser(description=doc, usage="%(prog)s [flags]", formatter_class=raw)
     parser.error = die  # one line, without the usage
     flag = parser.add_argument
-    flag("--model", type=os.path.normpath, default="black-forest-labs/FLUX.1-dev",  # without a last slash
+    flag("--model", type=lambda name: Path(name).as_posix(), default="black-forest-labs/FLUX.1-dev",
          help="a FluxPipeline: hub id or folder (default %(default)s)")
     flag("--concept", nargs="+", action="extend", metavar="NAME", required=needs_concept,
          help="a prompt file's name; several: one LoRA forgets them all (D.2)" if needs_concept else
@@ -99,7 +99,8 @@ def data_flags(flag):
 def finder_flags(flag):
     flag("--detector", help="OWLv2 or GroundingDINO (default: the model's own, else OWLv2)")
     flag("--sam", help="a .pth, file or URL (default: the model's own, else SAM's ViT-H)")
-    flag("--threshold", type=number(strict=False, most=1), default=0.2, help="least score of a box (0.2)")
+    flag("--threshold", type=number(strict=False, most=1), default=0.2,
+         help="least score of a box (0.2; NudeNet keeps none below 0.25)")
 
 def mask_flags(flag):
     finder_flags(flag)
@@ -344,7 +345,7 @@ def free_bytes(where):
 
 def check_model(args):
     """Refuse, in this order: not here and no network; no licence; does not fit; size -> pixels a side, and
-    what tells the weights from others of the same name.
+    what tells the weights from others of the same name, which is the hub's commit: the revision to load.
     No weights are downloaded. What must fit is the largest of their folders: stages load one at a time."""
     model, device = args.model, args.device
 
@@ -615,17 +616,19 @@ def contact_sheet(images, path, columns=10, side=96, titles=()):
         pen.text((4, i * side + side // 2 - 6), title, fill="black")
     save_image(sheet, path)
 
-def encode_prompts(model, prompts, device, dtype):
+def encode_prompts(prompts, args):
     """{prompt: (T5 states (T, E), pooled CLIP state (P,))} on the CPU; the encoders are freed on return.
     A prompt that mentions minors only once put together, as pairs are, has passed the filter by its parts."""
     if odd := sorted(prompt for prompt in prompts if MINORS.search(prompt)):
         die(f"{odd[0]}: mentions minors once put together: mend the concept's file", 1)
-    pipe = FluxPipeline.from_pretrained(model, transformer=None, vae=None, dtype=dtype).to(device)
+    pipe = FluxPipeline.from_pretrained(args.model, revision=args.weights, transformer=None, vae=None,
+                                        dtype=args.dtype).to(args.device)
     length = pipe.tokenizer_2.model_max_length
     found = {}
     with torch.no_grad():  # encode_prompt alone keeps a graph
         for prompt in tqdm(sorted(set(prompts)), desc="encode prompts"):
-            states, pooled, _ = pipe.encode_prompt(prompt, None, device=device, max_sequence_length=length)
+            states, pooled, _ = pipe.encode_prompt(prompt, None, device=args.device,
+                                                   max_sequence_length=length)
             found[prompt] = states[0].cpu(), pooled[0].cpu()
     return found
 
@@ -639,8 +642,9 @@ def load_denoiser(args):
         quantized = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
                                        bnb_4bit_compute_dtype=args.dtype)
     quantized = quantized and PipelineQuantizationConfig(quant_mapping=dict(transformer=quantized))
-    pipe = FluxPipeline.from_pretrained(args.model, text_encoder=None, text_encoder_2=None, tokenizer=None,
-                                        tokenizer_2=None, dtype=args.dtype, quantization_config=quantized)
+    pipe = FluxPipeline.from_pretrained(args.model, revision=args.weights, text_encoder=None,
+                                        text_encoder_2=None, tokenizer=None, tokenizer_2=None,
+                                        dtype=args.dtype, quantization_config=quantized)
     pipe.set_progress_bar_config(disable=True)
     pipe.transformer.requires_grad_(False)
     pipe.vae.requires_grad_(False)
@@ -789,7 +793,7 @@ def main(args):
     wanted = [p for _, _, prompts, _ in forget + preserve for p in prompts]
     with lock(args.out):
         with stage("prompts", args.out):
-            embeds = encode_prompts(args.model, wanted, args.device, args.dtype)
+            embeds = encode_prompts(wanted, args)
         with stage("sample", args.out) as peak:
             forget, preserve, peak[2] = sample_all(embeds, forget, preserve, args)
     print(f"{args.out}: {sum(map(len, forget))} + {len(preserve)} images; look at samples.png")

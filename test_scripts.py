@@ -20,6 +20,7 @@ import weakref
 from argparse import Namespace
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -91,9 +92,9 @@ def trained(tmp_path_factory):
 
 
 def flags(model=EMOJI, **more):
-    """What load_denoiser and check_model take."""
-    return Namespace(**dict(model=model, device="cpu", dtype=torch.float32, quantize="none", offload=False)
-                     | more)
+    """What encode_prompts, load_denoiser and check_model take."""
+    return Namespace(**dict(model=model, weights=None, device="cpu", dtype=torch.float32, quantize="none",
+                            offload=False) | more)
 
 
 def scene_image(names, seed=0, **given):
@@ -250,7 +251,7 @@ def test_whatever_goes_wrong_in_work_is_one_line(error, said, capsys):
 
 
 def test_prompts_that_the_tokenizer_cuts_are_named(caplog):
-    sample.encode_prompts(EMOJI, ["a cat " * 40 + "zebra"], "cpu", torch.float32)
+    sample.encode_prompts(["a cat " * 40 + "zebra"], flags())
     assert "truncated" in caplog.text and "zebra" in caplog.text
 
 
@@ -336,6 +337,23 @@ def test_model_with_a_missing_part_is_refused_before_work(broken, tmp_path, monk
     monkeypatch.setattr(sample, "HfApi", lambda: Namespace(model_info=lambda *_, **__: 1 / 0))
     line = refusal(lambda: sample.check_model(flags("some/model")), capsys)
     assert "the hub cannot be reached" in line and "not cached whole" in line and named in line
+
+
+def test_the_hubs_commit_that_was_checked_is_loaded(tmp_path, monkeypatch):
+    """Whatever refs/main says by then: loading asks the hub, and may find a newer one."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    cache = tmp_path / "models--some--model"
+    shutil.copytree(EMOJI, cache / "snapshots" / ("a" * 40), ignore=shutil.ignore_patterns("loras", "*.pth"))
+    (cache / "snapshots" / ("b" * 40)).mkdir()
+    (main := cache / "refs" / "main").parent.mkdir()
+    main.write_text("a" * 40)
+    args = flags("some/model")
+    args.size, args.weights = sample.check_model(args)
+    assert args.weights == "a" * 40
+    main.write_text("b" * 40)
+    assert sample.load_denoiser(args).vae and sample.encode_prompts(["a cat"], args)
+    evaluate.check_loras({"1": ROOT / "emoji-flux" / "loras" / "cat"}, args)
 
 
 def test_no_git_is_no_obstacle(tmp_path, monkeypatch):
@@ -484,7 +502,7 @@ def test_phrase_mentions_a_concept_by_any_of_its_words():
 
 def test_guidance_is_distilled_into_the_model():
     """Its predictions at g lie at u + g (c - u), of its own conditional c (g = 1) and unconditional u."""
-    embeds = sample.encode_prompts(EMOJI, ["a cat on a blue background", ""], "cpu", torch.float32)
+    embeds = sample.encode_prompts(["a cat on a blue background", ""], flags())
     transformer = sample.load_denoiser(flags()).transformer
     z = torch.randn(4, 64, 64, generator=torch.Generator().manual_seed(0))  # (B, L, D)
 
@@ -506,7 +524,7 @@ SETTINGS = dict(model="m", weights="", seed=0, size=64, sample_steps=3, sample_g
 
 
 def test_guidance_and_the_whole_prompt_reach_the_pictures():
-    embeds = sample.encode_prompts(EMOJI, ["a cat"], "cpu", torch.float32)
+    embeds = sample.encode_prompts(["a cat"], flags())
     assert embeds["a cat"][0].shape == (20, 128)  # the tokenizer's model_max_length
     pipe = sample.place(sample.load_denoiser(flags()), flags())
     one, same, five = (np.asarray(sample.generate(pipe, embeds, ["a cat"], [0], 4, guidance, 64)[0], float)
@@ -517,7 +535,7 @@ def test_guidance_and_the_whole_prompt_reach_the_pictures():
 def test_more_images_never_change_the_earlier_ones(tmp_path):
     args = Namespace(**SETTINGS | dict(model=EMOJI))
     prompts = ["a cat", "a dog on a blue background"]
-    embeds = sample.encode_prompts(EMOJI, prompts, "cpu", torch.float32)
+    embeds = sample.encode_prompts(prompts, flags())
     pipe = sample.load_denoiser(flags())
     few = sample.sample_set(lambda: pipe, embeds, tmp_path / "grown", "cat", prompts, 3, args)
     before = [p.read_bytes() for p, _ in few]
@@ -730,7 +748,7 @@ def test_every_generation_passes_the_filter(tmp_path, capsys):
     text = (ROOT / "emoji-flux" / "prompts" / "cat.txt").read_text()
     (tmp_path / "prompts" / "cat.txt").write_text(text.replace("[train]\n", "[train]\na girl with a cat\n"))
     assert "a girl with a cat" not in sample.load_concept(tmp_path, "cat")["train"]
-    line = refusal(lambda: sample.encode_prompts(EMOJI, ["a cat", "a girl"], "cpu", torch.float32), capsys, 1)
+    line = refusal(lambda: sample.encode_prompts(["a cat", "a girl"], flags()), capsys, 1)
     assert "a girl: mentions minors" in line
 
 
@@ -2309,10 +2327,10 @@ def test_corrupt_foreign_or_missing_lora_is_one_line(tmp_path, capsys):
     for more in ("lora_B.bias", "lora_magnitude_vector", "alpha"):  # what peft and others save besides
         extra = torch.ones(() if more == "alpha" else good[key.replace("_A", "_B")].shape[0])
         save_file(good | {key.replace("lora_A.weight", more): extra}, tmp_path / WEIGHTS)
-        evaluate.check_loras({"1": tmp_path}, EMOJI)
+        evaluate.check_loras({"1": tmp_path}, flags())
     save_file({name.replace("lora_A", "lora.down").replace("lora_B", "lora.up"): value
                for name, value in good.items()}, tmp_path / WEIGHTS)
-    evaluate.check_loras({"1": tmp_path}, EMOJI)
+    evaluate.check_loras({"1": tmp_path}, flags())
     assert not (tmp_path / "base").exists()  # nothing was written
     (tmp_path / "args.json").write_text("{")
     ask = ask[:2] + ask[4:]  # without --concept
@@ -2322,7 +2340,7 @@ def test_corrupt_foreign_or_missing_lora_is_one_line(tmp_path, capsys):
 def test_lora_that_cannot_be_written_to_is_refused_before_work(monkeypatch, capsys):
     monkeypatch.setattr(sample.os, "access", lambda *_: False)
     cat = Path(EMOJI) / "loras" / "cat"
-    assert "that can be written to" in refusal(lambda: evaluate.check_loras(dict(a=cat), EMOJI), capsys)
+    assert "that can be written to" in refusal(lambda: evaluate.check_loras(dict(a=cat), flags()), capsys)
 
 
 def test_pictures_without_any_mask_have_no_locality(tmp_path):

@@ -405,7 +405,7 @@ def main(args):
         wanted = [p for _, _, prompts, _ in forget + preserve for p in prompts]
         wanted += [p for prompts in groups.values() for p in prompts]
         with stage("prompts", args.out):
-            embeds = encode_prompts(args.model, wanted, args.device, args.dtype)
+            embeds = encode_prompts(wanted, args)
         with stage("sample", args.out) as peak:  # Algorithm 1, step 1
             D_ES, D_PR, peak[2] = sample_all(embeds, forget, preserve, args)
         with stage("masks", args.out), PartialState().main_process_first():
@@ -415,7 +415,8 @@ def main(args):
                 die(f"{concept['name']}: only {len(files)} forget images have a mask, under --batch {batch}: "
                     f"{'add to --images' if args.images else 'raise --n-forget'}", 1)
         with stage("latents", args.out):
-            vae = AutoencoderKL.from_pretrained(args.model, subfolder="vae", dtype=args.dtype).to(args.device)
+            vae = AutoencoderKL.from_pretrained(args.model, subfolder="vae", revision=args.weights,
+                                                dtype=args.dtype).to(args.device)
             forget = []
             for found, files in zip(D_ES, kept):
                 x, mask = encode_images(vae, files, args.size, masked=True)
