@@ -20,7 +20,7 @@ import weakref
 from pathlib import Path
 
 from sample import (WEIGHT_BYTES, check_size, die, generate, guarded, load_denoiser, number, peak_memory,
-                    place, stage)
+                    place, stage, text_length)
 
 def arguments(given=None):
     raw = argparse.RawDescriptionHelpFormatter
@@ -173,7 +173,7 @@ def plan(model, size, dtype, batch, sample_batch, rank=4, texts=None, states=3.5
     vae = networks["vae"]
     size = check_size(size, vae.config)
     side = size // 2 ** (len(vae.config.block_out_channels) - 1)  # latent cells
-    tokens, texts, B = side * side // 4, texts or text_length(model), 2 * batch
+    tokens, texts, B = side * side // 4, texts or tokens_of(model), 2 * batch
 
     def flux(**changed):
         network = build("transformer", config_of(model, "transformer"), **changed)
@@ -249,10 +249,11 @@ def savings(args):
     needed = ", ".join(f"{name} {n_bytes / GIB:.3g}" for name, n_bytes in now.items())
     return f"planned, GiB: {needed}; with {'; with '.join(said) or 'no further flag less'}"
 
-def text_length(model):
-    """T5's length in tokens."""
+def tokens_of(model):
+    """Of a prompt, T5's."""
     config = Path(model) / "tokenizer_2" / "tokenizer_config.json"
-    return json.loads(config.read_text())["model_max_length"] if config.exists() else 512
+    longest = json.loads(config.read_text())["model_max_length"] if config.exists() else 512
+    return text_length(longest, config_of(model, "transformer"))
 
 def show_plan(args):
     found, work, lora, numel = plan(args.model, args.size, args.dtype, args.batch, args.sample_batch)
@@ -291,7 +292,7 @@ def random_run(args, out, batch, *flags):
     config, rng = config_of(model, "transformer"), torch.Generator().manual_seed(0)
     side = run.size // 2 ** (len(config_of(model, "vae")["block_out_channels"]) - 1)
     x = torch.randn(batch, side * side // 4, config["in_channels"], generator=rng)  # (N, L, D)
-    states = torch.randn(text_length(model), config["joint_attention_dim"], generator=rng)  # (T, E)
+    states = torch.randn(tokens_of(model), config["joint_attention_dim"], generator=rng)  # (T, E)
     pooled = torch.randn(config["pooled_projection_dim"], generator=rng)  # (P,)
     embeds, texts = {"": (states.to(run.dtype), pooled.to(run.dtype))}, [""] * batch
     return run, ([(x, torch.ones_like(x), texts)], (x, texts), embeds, [preset])

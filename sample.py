@@ -124,7 +124,8 @@ if not {"-h", "--help"} & set(sys.argv):  # the other scripts import their flags
     from accelerate import PartialState
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module
     from accelerate.utils import gather
-    from diffusers import BitsAndBytesConfig, FluxPipeline, PipelineQuantizationConfig, TorchAoConfig
+    from diffusers import (BitsAndBytesConfig, FluxPipeline, FluxTransformer2DModel,
+                           PipelineQuantizationConfig, TorchAoConfig)
     from diffusers.training_utils import free_memory
     from filelock import FileLock, Timeout
     from huggingface_hub import (HfApi, hf_hub_download, parse_local_safetensors_file_metadata,
@@ -616,6 +617,10 @@ def contact_sheet(images, path, columns=10, side=96, titles=()):
         pen.text((4, i * side + side // 2 - 6), title, fill="black")
     save_image(sheet, path)
 
+def text_length(longest, transformer):
+    """Of a prompt in T5's tokens: its tokenizer's most, but FLUX.1-schnell, without guidance, knows 256."""
+    return longest if transformer["guidance_embeds"] else min(longest, 256)
+
 def encode_prompts(prompts, args):
     """{prompt: (T5 states (T, E), pooled CLIP state (P,))} on the CPU; the encoders are freed on return.
     A prompt that mentions minors only once put together, as pairs are, has passed the filter by its parts."""
@@ -623,7 +628,8 @@ def encode_prompts(prompts, args):
         die(f"{odd[0]}: mentions minors once put together: mend the concept's file", 1)
     pipe = FluxPipeline.from_pretrained(args.model, revision=args.weights, transformer=None, vae=None,
                                         dtype=args.dtype).to(args.device)
-    length = pipe.tokenizer_2.model_max_length
+    config = FluxTransformer2DModel.load_config(args.model, subfolder="transformer", revision=args.weights)
+    length = text_length(pipe.tokenizer_2.model_max_length, config)
     found = {}
     with torch.no_grad():  # encode_prompt alone keeps a graph
         for prompt in tqdm(sorted(set(prompts)), desc="encode prompts"):

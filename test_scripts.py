@@ -1281,6 +1281,12 @@ def test_schnell_has_no_guidance_and_goes_through_the_same_code(tmp_path):
     assert load_file(out / WEIGHTS) and (out / "before_after.png").exists()
     with open(out / "log.csv", newline="") as file:
         assert {row["forwards"] for row in csv.DictReader(file)} == {"16"}  # 2 + 2 images x 4 passes
+    tokenizer = model / "tokenizer_2" / "tokenizer_config.json"
+    tokenizer.write_text(json.dumps(json.loads(tokenizer.read_text()) | dict(model_max_length=300)))
+    for config["guidance_embeds"], tokens in ((False, 256), (True, 300)):
+        (model / "transformer" / "config.json").write_text(json.dumps(config))
+        assert len(sample.encode_prompts(["a cat"], flags(str(model)))["a cat"][0]) == tokens
+        assert bench.tokens_of(str(model)) == tokens
 
 
 def test_several_concepts_take_turns_and_are_never_preserved(tmp_path, capsys):
