@@ -18,6 +18,7 @@ import hashlib
 import itertools
 import json
 import logging
+import os
 import re
 import shlex
 import sys
@@ -103,7 +104,8 @@ from PIL import Image  # noqa: E402
 import metrics  # noqa: E402
 from mask import find_masks  # noqa: E402
 from promptsets import HARM, PARTS, cycled, harm_of, load_prompts, own_name, plan_suite  # noqa: E402
-from report import FIGURES, PAPER, VERSION, check_report, decimals, of, value_of, write_report  # noqa: E402
+from report import (FIGURES, PAPER, VERSION, check_report, decimals, n_of, of, value_of,  # noqa: E402
+                    write_report)
 
 BLANK = Image.new("RGB", (64, 64))  # in the place of one that cannot be read
 
@@ -165,9 +167,9 @@ def read_rows(args):
         runs = [f / "args.json" for f in (folder, folder.parent)]  # the latter for --save-every's step-N
         run = next((f for f in runs if f.exists()), runs[0])
         settings = read_settings(run, None if args.concept else "--concept is missing, give it")
-        base, forgotten = settings.get("model", args.model), settings.get("concept")
+        base, forgotten = settings.get("model") or args.model, settings.get("concept")
         own = settings.get("images") and args.concept  # those need no prompt file, an evaluation does
-        if own or not isinstance(forgotten, list):  # which another tool's file may have
+        if own or not (isinstance(forgotten, list) and forgotten and isinstance(forgotten[0], str)):
             forgotten = args.concept or die(f"{run}: names no concept, give --concept")
         if Path(base).name != Path(args.model).name:
             die(f"{folder}: was trained on {base}, not on --model {args.model}")
@@ -193,7 +195,8 @@ def check_loras(loras, args):
     config = FluxTransformer2DModel.load_config(args.model, subfolder="transformer", revision=args.weights)
     with torch.device("meta"):
         network = FluxTransformer2DModel.from_config(config)
-    layers = {f"transformer.{name}" for name, _ in network.named_modules()}
+    layers = {f"transformer.{name}" for name, part in network.named_modules()
+              if isinstance(part, torch.nn.Linear)}
     for digest, folder in loras.items():
         check_folder("lora", folder)  # what it draws goes there
         try:
@@ -201,6 +204,12 @@ def check_loras(loras, args):
             odd = [key for key in lora if key.split(".lora")[0].removesuffix(".alpha") not in layers]
             if odd or not lora:  # peft would leave it out with a warning
                 raise ValueError(f"it has no layer for {odd[0]}" if odd else "it holds nothing")
+            halves = {key.replace(f"lora_{a}", f"lora_{b}") for a, b in ("AB", "BA") for key in lora
+                      if key.endswith(f".lora_{a}.weight")}
+            if lost := sorted(halves - lora.keys()):
+                raise ValueError(f"it lacks {lost[0]}")
+            if odd := [key for key, value in lora.items() if not value.isfinite().all()]:
+                raise ValueError(f"its {odd[0]} is not finite")
             with warnings.catch_warnings(action="ignore"):  # that meta weights take no values
                 FluxPipeline.load_lora_into_transformer(lora, alphas, network, adapter_name=digest)
             network.set_adapters(digest)
@@ -214,8 +223,9 @@ def own_files(files, said):
     folder = files[0].parent
     if (manifest := folder / "manifest.json").exists():
         try:
-            listed = [(folder / row["file"], row["prompt"]) for row in json.loads(manifest.read_text())]
-        except (ValueError, KeyError, TypeError):
+            said_there = json.loads(manifest.read_text("utf-8-sig"))
+            listed = [(folder / row["file"], row["prompt"]) for row in said_there]
+        except (OSError, ValueError, KeyError, TypeError):
             die(f"--images {manifest}: is no list of objects with file and prompt")
         if wrong := next((file for (file, mine), prompt in zip(listed, said) if mine != prompt), None):
             die(f"--images: {wrong} has another prompt in manifest.json than asked for: see --list")
@@ -292,7 +302,8 @@ def keep(folder, key, files, make):
     kept = {}
     with contextlib.suppress(OSError, ValueError, TypeError):  # not there, or cut short: it is asked again
         kept = dict(json.loads(path.read_text()))
-    stamp = zlib.crc32(str([(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]).encode())
+    seen = [(os.path.relpath(f, folder), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    stamp = zlib.crc32(str(seen).encode())
     if kept.get(key, {}).get("stamp") != stamp:
         kept[key] = dict(stamp=stamp, found=make())
         write_text(path, json.dumps(kept))
@@ -478,7 +489,7 @@ def read_run(row):
         curve = {key: [float(line[key]) for line in log] for key in ("step", "dS", "alpha")}
         curve["row"] = row["name"]
         with open(row["folder"] / "stages.csv", encoding="utf-8", newline="") as file:
-            stages = [line for line in csv.reader(file) if not line[0].startswith("evaluate")]
+            stages = [line for line in csv.reader(file) if line and not line[0].startswith("evaluate")]
         seconds, host, gpu, drawn = np.array([line[1:] for line in stages], float).T
         steps, forwards = (sum(float(line[key]) for line in log) for key in ("seconds", "forwards"))
         stage_of_steps = sum(seconds[[line[0] == "train" for line in stages]])  # less what a kill cut off
@@ -510,6 +521,8 @@ def main(args):
     if (folder / "report.json").exists():
         check_report(folder / "report.json")  # another version's is not overwritten
     args.concept = list(dict.fromkeys(name for row in rows for name in row["forgotten"]))
+    if args.list and args.list.is_dir():
+        die(f"--list {args.list}: is a folder, give a file")
     if args.task and (about := set(args.suite) - HARM):
         die(f"--task {args.task}: stands for a prompt file in Tables 2 to 5 only, {sorted(about)[0]} asks "
             "about the concept: write its file (README: a concept is a file)")
@@ -602,8 +615,8 @@ def show(report, folder):
             if cell["unavailable"]:
                 said = [f"not available: {cell['unavailable']}", "", "", ""]
             said = [text.rjust(width) for text, width in zip(said, (22, 22, 24, 10))]
-            n = cell["after"]["n"] if cell["after"] else ""
-            table += f"| {cell['suite'] + ': ' + cell['column']:34} | {n:>5} | {' | '.join(said)} |\n"
+            name = f"{cell['suite']}: {cell['column']}"
+            table += f"| {name:34} | {n_of(cell):>5} | {' | '.join(said)} |\n"
         print(table, end="")
         card = Path(row["lora"]) / "README.md"
         title = f"\n## {row['name']}, {', '.join(report['suites'])}, seed {report['seed']}"
@@ -615,7 +628,7 @@ def show(report, folder):
     (folder / "evaluation.png").unlink(missing_ok=True)  # an earlier report's
     if images:  # not where all that may be shown is blurred
         contact_sheet(images, folder / "evaluation.png", 8, 80,
-                      [f"{grid['set'][:18]}: {row['label']}" for grid, row in grids])
+                      [f"{grid['title']}: {row['label']}" for grid, row in grids])
 
 if __name__ == "__main__":
     guarded(main, ARGS)

@@ -64,8 +64,11 @@ def load_sam(weights):
 def load_detector(name, device):
     """-> find(image, words, threshold) -> float (N, 4) of x0, y0, x1, y1 in pixels: all instances of any of
     the words in a PIL image."""
-    model = AutoModelForZeroShotObjectDetection.from_pretrained(name, dtype=torch.float32).to(device).eval()
-    processor, config = AutoProcessor.from_pretrained(name), model.config
+    try:
+        model = AutoModelForZeroShotObjectDetection.from_pretrained(name, dtype=torch.float32)
+        processor, config = AutoProcessor.from_pretrained(name), model.to(device).eval().config
+    except (OSError, ValueError) as error:
+        raise OSError(f"--detector {name}: cannot be loaded: {str(error).partition(chr(10))[0]}") from error
     # GroundingDINO reads less than its text encoder could
     longest = getattr(config, "max_text_len", config.text_config.max_position_embeddings)
 
@@ -120,9 +123,9 @@ def find_masks(images, concept, args):
     load = torch.hub.load_state_dict_from_url if "://" in args.sam else torch.load
     try:
         sam = load_sam(load(args.sam, map_location="cpu", weights_only=True))
-    except (EOFError, KeyError, TypeError, ValueError, RuntimeError, UnpicklingError) as error:
-        # cut short, or another network's
-        raise OSError(f"--sam {args.sam}: holds no SAM ({type(error).__name__})") from error
+    except (OSError, EOFError, KeyError, TypeError, ValueError, RuntimeError, UnpicklingError) as error:
+        why = type(error).__name__
+        raise OSError(f"--sam {args.sam}: is not to be had, or holds no SAM ({why})") from error
     predictor = SamPredictor(sam.to(args.device))  # fp32: SAM fails in bf16
     for found, image in zip(boxes, tqdm(images, desc="segment")):
         mask = np.zeros(image.size[::-1], bool)
@@ -190,6 +193,7 @@ def main(args):
         folder = args.out / "forget" / concept["name"]
         found = sorted(f for f in folder.glob("*.png") if not f.name.endswith(".mask.png"))
         files[concept["name"]] = found or die(f"{folder} holds no images; run sample.py first")
+        check_masks(folder, concept, args)
     with lock(args.out):
         for concept in concepts:
             make_masks(files[concept["name"]], concept, args)

@@ -68,9 +68,9 @@ def summary(values, kind, seed=0):
     if kind in ("mean", "count") or not len(values):
         return bootstrap(values, FORM[kind], seed)
     yes, n = int((values > 0).sum()), len(values)
-    scale = 1 if kind == "rate" else n / 100
-    low, high = wilson(yes, n)
-    return dict(value=scale * 100 * yes / n, low=scale * low, high=scale * high, n=n)
+    scale = 100 if kind == "rate" else n
+    low, high = (scale * end / 100 for end in wilson(yes, n))
+    return dict(value=scale * yes / n, low=low, high=high, n=n)
 
 def paired(before, after, kind, seed=0):
     """The same of after - before, (N,) each, pictures of equal prompt and seed; rates in percent points.

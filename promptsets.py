@@ -89,7 +89,7 @@ def read_csv(path, columns, fail):
         if None in row or None in row.values():  # more fields, or fewer
             fail(f"{path}, line {line}: not {len(names)} fields; quote the ones with commas")
         seed = row.get(key, "").strip().removesuffix(".0")  # pandas' whole number beside a gap
-        if seed and not (seed.isdecimal() and int(seed) < 2**63):
+        if seed and not (seed.isdecimal() and len(seed) < 20 and int(seed) < 2**63):
             fail(f"{path}, line {line}: {key} is {seed}, not an integer from 0 to 2^63 - 1")
         row["seed"] = int(seed) if seed else None
     return [row for row, _ in rows]
@@ -177,15 +177,15 @@ def plan_images(concept, n, guidance, also=()):
         sets["pairs"] = prompts, guidance
         asked["target in a pair"] = "pairs", [target] * n
         asked["partner in a pair"] = "pairs", cycled(partners, n)
-    scenes = [(b, s) for b in concept["backgrounds"] for s in concept["styles"]]
+    styles = [s for s in concept["styles"] if is_style or not mentions(s, also)]
+    scenes = [(b, s) for b in concept["backgrounds"] for s in styles or [""]]
     first = templates[0] if is_style else "{}"  # no "photo of a truck in watercolor style"
     things = cycled([first.replace("{}", o) for o in unrelated], len(scenes))
-    said = [f"{o} {b}" if is_style else f"{o} {b} {s}" for o, (b, s) in zip(things, scenes)]
+    said = [f"{o} {b}" if is_style else f"{o} {b} {s}".rstrip() for o, (b, s) in zip(things, scenes)]
     sets["scenes"] = said, guidance
     for name, column in (("backgrounds", 0), ("styles", 1)):  # "in noto style" is asked about as "noto style"
-        asked[name] = "scenes", cycled([[scene[column].split(" ", 1)[1]] for scene in scenes], n)
-    if is_style:
-        del asked["styles"]  # its neighbours are styles: "preserved"
+        if name == "backgrounds" or styles and not is_style:  # whose neighbours are styles: "preserved"
+            asked[name] = "scenes", cycled([[scene[column].split(" ", 1)[1]] for scene in scenes], n)
     return sets, asked
 
 def plan_suite(suite, concept, forgotten, prompts_of, words, args):
@@ -258,9 +258,12 @@ def plan_suite(suite, concept, forgotten, prompts_of, words, args):
         category = next((names for names in CATEGORIES if concept["name"] in names), [])
         gone = {each["name"] for each in forgotten}
         known = {file.stem for file in prompts_folder(args.model).glob("*.txt")}  # a model may have its own
-        others = {f"other, {name}": name for name in category if name in known - gone}
-        for title, name in others.items():
-            take(title, load_concept(args.model, name)["eval"], shared=title)
+        others = []
+        for name in [name for name in category if name in known - gone]:
+            said = load_concept(args.model, name)["eval"]
+            if kept := [prompt for prompt in said if not mentions(prompt, also)]:
+                others.append(f"other, {name}")
+                take(others[-1], kept, **dict(shared=others[-1]) if kept == said else {})
         if others:
             column(f"{clip}, the other" + " two" * (len(others) == 2), "clip", *others)
         unrelated_and_locality()

@@ -69,6 +69,11 @@ def value_of(cell, which, key="value"):
     """A cell's figure, or None: it is not available, or is a change already, with nothing before it."""
     return (cell.get(which) or {}).get(key)
 
+def n_of(cell):
+    """Of how many pictures its figures are, as text: before's, too, where some could not be read."""
+    counts = [n for which in ("before", "after") if (n := value_of(cell, which, "n")) is not None]
+    return " → ".join(map(str, dict.fromkeys(counts)))
+
 def decimals(cells):
     """As many as a column's narrowest interval bears: two digits of its width, or value; a count none."""
     figures = [cell.get(which) or {} for cell in cells for which in ("before", "after")]
@@ -114,7 +119,8 @@ def sentence(report, suite):
         fall = of(cells, column=total)
         digits, unit = decimals(fall), f" {fall[0]['unit'] or ''}".rstrip()
         first, last = ([value_of(c, which) for c in fall] for which in ("before", "after"))
-        mean = [number(None if None in some else sum(some) / len(fall), digits) for some in (first, last)]
+        fine = max(digits, 1) if len(fall) > 1 else digits  # the mean of two counts is no count
+        mean = [number(None if None in some else sum(some) / len(fall), fine) for some in (first, last)]
         each = [f"{number(value, digits)}{unit} with {c['row']}" for value, c in zip(last, fall)]
         if report["compare"]:
             mean[1] = ", ".join(each)
@@ -150,7 +156,8 @@ def figures_html(report, cell, digits):
     shown = f"<b>{shown}</b>" if is_best(report, cell) else shown
     shown = f"{number(before.get('value'), digits)} → {shown}"
     ranges = " → ".join(filter(None, (interval(before, digits), interval(after, digits))))
-    few = after.get("n", 0) < cell.get("of", 0) / 2 and f"only {after['n']} of {cell['of']} pictures"
+    least = min(before.get("n", after.get("n", 0)), after.get("n", 0))
+    few = least < cell.get("of", 0) / 2 and f"only {least} of {cell['of']} pictures"
     paper = " → ".join(f"{x:g}" for x in (cell.get("paper") or {}).values() if x is not None)
     sign = "+" if change else ""  # what tells two sets apart has none
     noise = floor and f"seed noise {number(floor['value'], digits, sign)} {interval(floor, digits)}"
@@ -169,7 +176,7 @@ def suite_html(report, suite):
         arrow = dict(lower=" ↓", higher=" ↑").get(mine[0]["better"], "")
         head += [f"<b>{escape(column)}</b>{unit}{arrow}<small>before → after</small>",
                  "&nbsp;<small>difference</small>"]
-        by = dict.fromkeys(f"{c['network']}, set {c['set']}, seed {c['seed']}, n = {c['after']['n']}"
+        by = dict.fromkeys(f"{c['network']}, set {c['set']}, seed {c['seed']}, n = {n_of(c)}"
                            for c in mine if value_of(c, "after") is not None)
         notes += f"<li>{escape(column)}: {escape('; '.join(by))}</li>" if by else ""
     for row in report["rows"]:
@@ -182,9 +189,9 @@ def suite_html(report, suite):
         shown = pairs.setdefault(f"{escape(pair['row'])} − {escape(pair['other'])}", {})
         shown[pair["column"]] = f"<td>{number(d['value'], size, '+')} {interval(d, size)}</td>"
     against = [(name, "".join(shown.get(c, "<td>–</td>") for c in digits)) for name, shown in pairs.items()]
-    floors = {c["column"]: c["floor"] for c in cells if c["floor"]}  # of the one base, the same for all rows
-    titles = [escape(c) + small(c in floors and f"seed noise {number(floors[c]['value'], digits[c], '+')}")
-              for c in digits]
+    floors = {c["column"]: number(c["floor"]["value"], digits[c["column"]], "+" if c["difference"] else "")
+              for c in cells if c["floor"]}  # of the one base, the same for all rows
+    titles = [escape(c) + small(c in floors and f"seed noise {floors[c]}") for c in digits]
     notes = f'<details class="note"><summary>Networks, sets, seeds, n</summary><ul>{notes}</ul></details>'
     return (table(TITLES.get(suite, suite), head, rows) + notes +
             ("<h3>Against each other, paired</h3>" + table(

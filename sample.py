@@ -228,6 +228,8 @@ def load_concept(model, name):
         die(f"{path}: [preserve] holds {odd[0]}, a template without {{}}")
     composed = [template.replace("{}", thing) for template in found["preserve"]
                 for thing in found["neighbours"] + found["unrelated"] + found["unseen"]]
+    composed += [f"{thing} and {other}" for thing in found["concept"]
+                 for other in found["unrelated"] + found["unseen"]]
     if odd := [prompt for prompt in composed if MINORS.search(prompt)]:
         die(f"{path}: mentions minors once put together: {odd[0]}")
     if odd := [end for end in found["backgrounds"] + found["styles"] if " " not in end]:
@@ -245,14 +247,14 @@ MEND = "mend it or take it away"
 
 def own_pictures(args):
     """--images, all checked -> [(file, caption)]; a caption that mentions minors drops its picture."""
-    suffixes = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-    files = sorted(args.images.glob("*"))
+    suffixes = ".png .jpg .jpeg .webp .bmp .gif .tif .tiff".split()
+    files = sorted(f for f in args.images.glob("*") if f.is_file() and f.name[0] != "."
+                   and f.resolve() != args.preserve.resolve())
     beside = {f for f in files if f.suffix == ".txt" or f.name.endswith(".mask.png")}
-    files = [f for f in files if f.suffix.lower() in suffixes and f not in beside]
-    if odd := [f for f in files if f.stem.lower().endswith(".mask")]:
-        die(f"--images: {odd[0]}: a mask's name ends in .mask.png")
-    strays = beside - {f.with_suffix(end) for f in files for end in (".txt", ".mask.png")}
-    if odd := sorted(f for f in strays if f.resolve() != args.preserve.resolve()):
+    files = [f for f in files if f not in beside]
+    if odd := [f for f in files if f.suffix.lower() not in suffixes or f.stem.lower().endswith(".mask")]:
+        die(f"--images: {odd[0]}: is no picture ({' '.join(suffixes)}), nor X.txt or X.mask.png: {MEND}")
+    if odd := sorted(beside - {f.with_suffix(end) for f in files for end in (".txt", ".mask.png")}):
         die(f"--images: {odd[0]}: there is no picture of that name: {MEND}")
     rows = []
     for file in files:
@@ -458,6 +460,8 @@ def setup(args):
         groups = (5,) if getattr(args, "fewer_images", False) else (25, 5)
         args.sample_batch = next((n for n in groups if n * args.size**2 <= 5 * 1024**2), 1)
     args.out = args.out or Path("out", f"{Path(args.model).name}-{'+'.join(args.concept)}{ending(args.seed)}")
+    if getattr(args, "images", None) and args.images.resolve() == args.out.resolve():
+        die(f"--out {args.out}: is --images, whose pictures ours would join: use another --out")
     for flag in ("out", "preserve_dir", "report"):
         if path := getattr(args, flag, None):
             check_folder(flag.replace("_", "-"), path)
@@ -500,8 +504,9 @@ def keep_settings(path, settings, **more):
     versions = dict(python=sys.version.split()[0]) | {name: version(name) for name in packages}
     commit = ""
     with contextlib.suppress(OSError):  # no git here
-        git = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True)
-        commit = git.stdout.strip()
+        git = ["git", "-C", ROOT, "rev-parse", "--show-prefix", "HEAD"]
+        prefix, _, commit = subprocess.run(git, capture_output=True, text=True).stdout.partition("\n")
+        commit = "" if prefix else commit.strip()  # inside of another repository: not ours
     record = dict(settings=settings, **more, versions=versions, commit=commit)
     write_text(path, json.dumps(record, indent=1, default=str))
 
@@ -608,7 +613,7 @@ def open_image(path, size=None, instead="delete it and run the same command agai
 
 def contact_sheet(images, path, columns=10, side=96, titles=()):
     """Images, row by row, as one picture; titles name the rows."""
-    left = 150 if titles else 0
+    left = max([150, *(8 + 6 * len(title) for title in titles)]) if titles else 0
     sheet = Image.new("RGB", (left + columns * side, -(-len(images) // columns) * side), "white")
     pen = ImageDraw.Draw(sheet)
     for i, image in enumerate(images):
@@ -765,6 +770,13 @@ def plan_sets(concepts, args):
         check_set(*one, args)
     return forget, list(preserve.values())
 
+def square(image, size):
+    """Cropped and resized; in a mask (L) a pixel is in if any of those that it stands for is."""
+    if image.mode == "L":
+        some = ImageOps.fit(image.point(lambda v: 255 * (v > 127)), (size, size), Image.Resampling.BOX)
+        return some.point(lambda v: 255 * (v > 0))
+    return ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+
 def import_set(folder, concept, prompts, pictures, args):
     """The user's own pictures and masks, cropped square and named as sample_set would leave them."""
     rows, settings = [], check_set(folder, concept, prompts, pictures, args)
@@ -774,9 +786,7 @@ def import_set(folder, concept, prompts, pictures, args):
         made = folder / f"{i:03}.png"
         for source, target in ((file, made), (file.with_suffix(".mask.png"), made.with_suffix(".mask.png"))):
             if source.exists() and not target.exists():
-                image = open_image(source, None, MEND)
-                how = Image.Resampling.NEAREST if image.mode == "L" else Image.Resampling.BICUBIC
-                save_image(ImageOps.fit(image, (args.size, args.size), how), target)
+                save_image(square(open_image(source, None, MEND), args.size), target)
         rows.append((made, caption))
     return rows
 

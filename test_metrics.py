@@ -99,6 +99,9 @@ def test_summary_of_a_rate_counts_what_is_above_zero_and_could_be_read():
     assert (none["value"], none["low"], none["n"]) == (0, 0, 100)
     assert none["high"] == pytest.approx(3.70, abs=0.01)
     assert metrics.summary([3, 0, 2, NAN, 0, True], "pictures")["value"] == 3
+    for n in range(1, 300):  # whole numbers, which a report shows without digits
+        found = [metrics.summary([1] * k + [0] * (n - k), "pictures") for k in (0, n // 2, n)]
+        assert [f["value"] for f in found] == [0, n // 2, n] and (found[0]["low"], found[2]["high"]) == (0, n)
 
 
 def test_interval_of_a_mean_and_of_a_sum_is_that_of_the_normal_distribution():
@@ -1244,6 +1247,9 @@ def test_report_says_beside_a_figure_that_it_is_of_few_pictures(tmp_path):
     report["cells"][1] |= dict(of=100, after=figure(0.0, 1.0, n=50))
     assert page.suite_html(report, "table1").count("only 49 of 100 pictures") == 1
     assert page.suite_html(report, "table1").count("only") == 1
+    report["cells"][0] |= dict(before=figure(100.0, 1.0, n=40))
+    assert page.suite_html(report, "table1").count("only 40 of 100 pictures") == 1
+    assert "n = 40 → 49" in page.suite_html(report, "table1")
 
 
 def test_report_identity_shows_exactly_zero(tmp_path):
@@ -1272,6 +1278,11 @@ def test_report_sentence_names_the_worst_of_many(tmp_path):
     made = compared({name: float(i) for i, name in enumerate("abcxde")} | dict(x=40.0), {})
     text = written(made | dict(compare=False), tmp_path)
     assert "ACC 90.0 → 8.7 % on average of 6, most 40.0 % with x." in text
+    made = made_up_rows("ab")
+    made["cells"] = [cell("table4", row, "Total", 5.0, count, better="lower", unit="images", half=0)
+                     for row, count in (("a", 0.0), ("b", 1.0))]
+    text = written(made | dict(compare=False), tmp_path)
+    assert "Total 5.0 → 0.5 images on average of 2, most 1 images with b." in text
 
 
 def test_report_sentence_is_about_the_total_and_of_what_falls(tmp_path):
@@ -1289,7 +1300,7 @@ def test_report_sentence_is_about_the_total_and_of_what_falls(tmp_path):
 def test_report_nan_is_never_written(tmp_path):
     made = made_up_rows("a")
     made["cells"] = [cell("table4", "a", "ACC", 50.0, float("nan"))]
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="JSON"):
         page.write_report(made, tmp_path / "new")
     assert not (tmp_path / "new").exists()
 

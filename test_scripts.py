@@ -25,6 +25,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FluxPipeline
+from diffusers.utils import convert_state_dict_to_kohya
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from segment_anything import sam_model_registry
@@ -339,6 +340,7 @@ def test_model_with_a_missing_part_is_refused_before_work(broken, tmp_path, monk
     assert "the hub cannot be reached" in line and "not cached whole" in line and named in line
 
 
+@pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks`")  # diffusers'
 def test_the_hubs_commit_that_was_checked_is_loaded(tmp_path, monkeypatch):
     """Whatever refs/main says by then: loading asks the hub, and may find a newer one."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
@@ -360,6 +362,17 @@ def test_no_git_is_no_obstacle(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "")
     sample.keep_settings(tmp_path / "settings.json", dict(size=64))
     assert json.loads((tmp_path / "settings.json").read_text())["commit"] == ""
+
+
+def test_commit_is_ours_and_no_other_repositorys(tmp_path, monkeypatch):
+    git = ["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a"]
+    (inside := tmp_path / "inpo").mkdir()
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "a"], check=True)
+    for root, length in ((tmp_path, 40), (inside, 0)):
+        monkeypatch.setattr(sample, "ROOT", root)
+        sample.keep_settings(tmp_path / "settings.json", {})
+        assert len(json.loads((tmp_path / "settings.json").read_text())["commit"]) == length
 
 
 @pytest.mark.parametrize("size, group", [(64, 25), (512, 5), (1024, 5), (2048, 1)])
@@ -468,7 +481,8 @@ def test_table_1s_other_two_are_not_preserved(category):
     ("[preserve]", "[preserve]\na photo", "a photo, a template without {}"),
     ("in noto style, ", "noto, ", "noto is no ending of a prompt"),
     ("detect:", "concept: a dog\ndetect:", "has concept: twice"),
-    ("unrelated: ", "unrelated: sister act, ", "minors once put together: a young sister act")])
+    ("unrelated: ", "unrelated: young cats, ", "minors once put together: a very young cats"),
+    ("unrelated: ", "unrelated: Son Heung-min, ", "minors once put together: a cat and Son Heung-min")])
 def test_prompt_file_with_a_mistake_is_refused(old, new, named, tmp_path, capsys):
     (tmp_path / "prompts").mkdir()
     text = (ROOT / "emoji-flux" / "prompts" / "cat.txt").read_text()
@@ -478,7 +492,7 @@ def test_prompt_file_with_a_mistake_is_refused(old, new, named, tmp_path, capsys
     concept = sample.load_concept(tmp_path, "cat")  # a mark at the start, and a last comma, are none
     assert not any(prompt.startswith("#") for prompt in concept["train"])
     assert concept["task"] == "object" and concept["unrelated"][-1] == "a house"
-    text = text.replace("[preserve]", "[preserve]\na young {}")  # none of both mentions minors
+    text = text.replace("[preserve]", "[preserve]\na very {}")  # none of both mentions minors
     (tmp_path / "prompts" / "cat.txt").write_text(text.replace(old, new, 1))
     assert named in refusal(lambda: sample.load_concept(tmp_path, "cat"), capsys)
 
@@ -734,6 +748,36 @@ def test_sample_and_mask_as_scripts(tmp_path):
     mask.main(mask.arguments(given + ["--min-found", "0"]))
     assert (tmp_path / "forget/cat/001.mask.png").exists() and (tmp_path / "masks-cat.png").exists()
     assert files_of_the_model() == there
+
+
+def test_masks_of_no_concept_are_made_where_one_is_refused(tmp_path, capsys):
+    for name in ("cat", "dog"):
+        draw(tmp_path / "forget" / name, 1, name)
+    given = ["--model", EMOJI, "--out", str(tmp_path)]
+    mask.main(mask.arguments([*given, "--concept", "dog", "--threshold", "0.3"]))
+    both = mask.arguments([*given, "--concept", "cat", "dog"])
+    assert "threshold = 0.3, not 0.2" in refusal(lambda: mask.main(both), capsys)
+    assert not list((tmp_path / "forget" / "cat").glob("*.mask.png"))
+
+
+def test_detector_and_sam_that_cannot_be_had_are_named(tmp_path, monkeypatch):
+    cat, image = sample.load_concept(EMOJI, "cat"), scene_image(["cat"])[0]
+    missing = f"file://{tmp_path}/sam.pth"
+    with pytest.raises(OSError, match=f"--sam {missing}: is not to be had"):
+        list(mask.find_masks([image], cat, mask_args(tmp_path, sam=missing)))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(OSError, match="--detector some/detector: cannot be loaded"):
+        mask.load_detector("some/detector", "cpu")
+
+
+def test_thin_mask_of_your_own_survives_the_resize():
+    """A cell is in if any of its pixels is, at every size; each line at 100 positions."""
+    for x in range(100):
+        pole = np.zeros((640, 900), np.uint8)
+        pole[100:500, 200 + x:203 + x] = 255
+        small = np.asarray(sample.square(Image.fromarray(pole), 64)) > 127
+        wanted = (pole[:, 130:770].reshape(64, 10, 64, 10) > 0).any((1, 3))
+        assert (small == wanted).all() and wanted.any()
 
 
 def test_of_an_animation_the_first(tmp_path):
@@ -1104,6 +1148,13 @@ def test_folder_of_other_settings_is_refused(trained, capsys):
     assert "eta = 1.0, not 2.0" in refusal(lambda: run_train(trained, "--eta", "2"), capsys)
 
 
+def test_kept_loras_of_other_settings_are_not_mixed_with_ours(trained, tmp_path, capsys):
+    out = drawn_cats(tmp_path / "cat")  # of a run that died before its first checkpoint
+    shutil.copytree(trained / "step-6", out / "step-6")
+    shutil.copy(trained / "args.json", out)
+    assert "eta = 1.0, not 2.0" in refusal(lambda: run_train(out, "--eta", "2"), capsys)
+
+
 def test_images_of_other_weights_are_refused(trained, tmp_path, capsys):
     shutil.copytree(EMOJI, model := tmp_path / "emoji-flux", ignore=shutil.ignore_patterns("loras"))
     shutil.copytree(trained, out := tmp_path / "cat")
@@ -1406,7 +1457,8 @@ def test_preserve_file_may_lie_among_your_own_pictures(tmp_path):
     ("empty file", "cannot be read"), ("no pictures", "holds no picture"), ("mask size", "not (64, 64)"),
     ("black mask", "all black"), ("white mask", "all white"), ("three pictures", "--batch 4"),
     ("Latin caption", "UTF-8"), ("pixel bomb", "DecompressionBombError"),
-    ("two concepts", "needs one --concept"), ("MASK.PNG", "a mask's name ends in .mask.png"),
+    ("two concepts", "needs one --concept"), ("out", "is --images"),
+    ("MASK.PNG", "001.MASK.PNG: is no picture"), ("HEIC", "a.HEIC: is no picture"),
     ("stray mask", "01.mask.png: there is no picture"), ("cut mask", "all black, cropped square"),
     ("stray caption", "01.txt: there is no picture")])
 def test_your_own_pictures_are_refused_in_one_line(tmp_path, capsys, monkeypatch, case, named):
@@ -1429,6 +1481,8 @@ def test_your_own_pictures_are_refused_in_one_line(tmp_path, capsys, monkeypatch
     side, value = (32 if case == "mask size" else 64), dict(black=0).get(case.split()[0], 255)
     if case == "MASK.PNG":
         Image.new("L", (64, 64)).save(mine / "001.MASK.PNG")
+    if case == "HEIC":
+        (mine / "a.HEIC").touch()
     if case == "cut mask":  # it is in what the square crop cuts off
         Image.new("RGB", (128, 64), "red").save(mine / "000.png")
         edge = np.zeros((64, 128), np.uint8)
@@ -1440,7 +1494,7 @@ def test_your_own_pictures_are_refused_in_one_line(tmp_path, capsys, monkeypatch
         Image.new("L", (64, 64), 255).save(mine / "01.mask.png")
     elif "mask" in case:
         Image.new("L", (side, side), value).save(mine / "001.mask.png")
-    more = ["--concept", "cat", "dog"] if case == "two concepts" else []
+    more = {"two concepts": ["--concept", "cat", "dog"], "out": ["--out", str(mine)]}.get(case, [])
     given = [part for pair in own.items() for part in pair] + ["--batch", "4", *more]
     assert named in refusal(lambda: run_train(tmp_path / "out", *given), capsys)
     assert not (tmp_path / "out").exists()
@@ -1604,7 +1658,7 @@ def test_never_two_large_models_at_once(trained, tmp_path, monkeypatch):
 
 
 def test_training_takes_the_kept_masks_their_prompts_and_mask_full(trained, tmp_path, monkeypatch):
-    shutil.copytree(trained, out := tmp_path / "cat")
+    shutil.copytree(trained, out := tmp_path / "cat", ignore=shutil.ignore_patterns("step-*"))
     for name in ("checkpoint.pt", "checkpoint-previous.pt", "args.json", "README.md", WEIGHTS):
         (out / name).unlink(missing_ok=True)
     Image.new("L", (64, 64)).save(out / "forget" / "cat" / "000.mask.png")  # nothing was found
@@ -2054,6 +2108,8 @@ def test_cost_has_the_steps_that_a_kill_cut_off_and_no_evaluation(copied, tmp_pa
     assert evaluate.read_run(row)[1] == whole
     path.write_text(re.sub("(?m)^train,[^,]*", "train,0.01", path.read_text()))
     assert evaluate.read_run(row)[1] == whole | dict(seconds=pytest.approx(others + steps))
+    path.write_text(path.read_text() + "\n\n")
+    assert evaluate.read_run(row)[1] == whole | dict(seconds=pytest.approx(others + steps))
 
 
 def test_list_says_which_prompts_it_lacks(copied, tmp_path, monkeypatch, capsys):
@@ -2265,6 +2321,20 @@ def test_suites_have_the_sizes_of_their_protocol(suite, sizes):
         assert {prompts.count(prompt) for prompt in prompts} == {30}
 
 
+def test_no_prompt_of_what_should_stay_is_in_a_style_that_is_forgotten_too():
+    """Or the LoRA would be blamed for what it was to do."""
+    styles = ["noto", "twemoji", "fluent"]
+    for suite in ("concept", "table1", "table8"):
+        sets, columns = planned(suite, "cat", "noto")
+        for name in {name for c in columns if c["better"] != "lower" for name in c["sets"]} - {"target"}:
+            assert sets[name]["prompts"] and "noto" not in " ".join(sets[name]["prompts"]), name
+    sets, _ = planned("table1", "cat", "noto")  # other pictures than those of the LoRAs that keep noto
+    assert not sets["other, bird"].get("shared") and planned("table1", "cat")[0]["other, bird"]["shared"]
+    sets, columns = planned("concept", "cat", *styles)
+    assert sets["scenes"]["prompts"] and "styles" not in [c["column"] for c in columns]
+    assert [c["column"] for c in columns].count("backgrounds") == 1
+
+
 @pytest.mark.parametrize("own, other", [("judge", "clip"), ("clip", "judge")])
 def test_figures_of_a_models_own_networks_say_so_however_their_path_is_written(own, other):
     given = ["--lora", "x", "--model", "emoji-flux", f"--{own}", f"{ROOT}/emoji-flux/../emoji-flux/clip/",
@@ -2322,8 +2392,15 @@ def test_corrupt_foreign_or_missing_lora_is_one_line(tmp_path, capsys):
     assert "does not load into" in refusal(lambda: evaluate.main(evaluate.arguments(ask)), capsys)
     good = load_file(ROOT / "emoji-flux" / "loras" / "cat" / WEIGHTS)
     key = "transformer.transformer_blocks.0.attn.to_q.lora_A.weight"
+    kohya = convert_state_dict_to_kohya({f"lora_{name}": value for name, value in good.items()})
+    half = key.replace("lora_A", "lora_B")
     for bad, why in ((good | {key: torch.zeros(4, 3072)}, "size mismatch"), ({}, "it holds nothing"),
-                     (good | {key: torch.zeros(3, good[key].shape[1])}, ""), ({key: good[key]}, ""),
+                     (kohya, "no layer for transformer.transformer_blocks."),
+                     ({name: value for name, value in good.items() if name != half}, f"it lacks {half}"),
+                     ({name: value for name, value in good.items() if "lora_A" not in name}, "it lacks"),
+                     (good | {key: good[key] * math.nan}, f"its {key} is not finite"),
+                     (good | {key: torch.zeros(3, good[key].shape[1])}, ""),
+                     ({key: good[key], half: good[half][:1]}, ""),
                      ({"unet.down.lora_A.weight": torch.zeros(4, 8)}, "no layer for unet.down.lora_A.weight"),
                      ({name.removeprefix("transformer."): value for name, value in good.items()}, "no layer"),
                      (good | {key.replace("blocks.0", "blocks.18"): good[key] + 0}, "blocks.18")):
@@ -2386,6 +2463,20 @@ def test_each_question_has_its_own_answer(tmp_path):
         return lambda images, asked: np.array([[len(said)] for said in asked])
 
     assert [evaluate.score(job, [said], "judge", load).tolist() for said in ("a", "abc")] == [[[1]], [[3]]]
+
+
+def test_pictures_of_another_folder_have_their_own_answers(tmp_path):
+    """Though all folders of --images share where scores are kept, and a copy has the name, size and time."""
+    for name, colour in (("a", "red"), ("b", "blue")):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8), colour).save(file := tmp_path / name / "000.bmp")
+        os.utime(file, (0, 0))
+
+    def load():
+        return lambda images, asked: [image.getpixel((0, 0))[0] for image in images]
+
+    jobs = [Namespace(files=[tmp_path / name / "000.bmp"], n=1, folder=tmp_path) for name in "ab"]
+    assert [evaluate.score(job, [""], "judge", load).item() for job in jobs] == [255, 0]
 
 
 def test_each_picture_is_scored_once_and_one_that_cannot_be_read_is_named(tmp_path):

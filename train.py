@@ -389,6 +389,7 @@ def main(args):
     # before a checkpoint, images and masks check their own settings
     ours = "checkpoint.pt", "checkpoint-previous.pt", LORA_WEIGHT_NAME_SAFE, "README.md"
     there = [name for name in ours if (args.out / name).exists()]
+    there += [folder.name for folder in args.out.glob("step-*")]  # it may have died before a checkpoint
     if there and not (args.out / "args.json").exists():
         die(f"--out {args.out}: holds a {there[0]} and no args.json to tell whose: use another --out")
     if there:
@@ -413,7 +414,7 @@ def main(args):
         for concept, files in zip(concepts, kept):
             if len(files) < batch:
                 die(f"{concept['name']}: only {len(files)} forget images have a mask, under --batch {batch}: "
-                    f"{'add to --images' if args.images else 'raise --n-forget'}", 1)
+                    f"{'add to --images, use another --out' if args.images else 'raise --n-forget'}", 1)
         with stage("latents", args.out):
             vae = AutoencoderKL.from_pretrained(args.model, subfolder="vae", revision=args.weights,
                                                 dtype=args.dtype).to(args.device)
