@@ -788,6 +788,7 @@ def test_coco_takes_the_first_10000_and_a_fixed_500(tmp_path):
     ("i2p", "prompt,sd_seed\na cat,1.5\n", "line 2: sd_seed is 1.5"),
     ("i2p", "prompt,evaluation_seed\na cat,1\na dog,x\n", "line 3: evaluation_seed is x"),
     ("i2p", "prompt,seed\na cat,-1\n", "seed is -1"), ("i2p", f"prompt,seed\na cat,{2**63}\n", "seed is 9"),
+    ("i2p", f"prompt,seed\na cat,{'9' * 5000}\n", "seed is 9"),
     ("coco", "text\na cat\n", "has no column prompt")])
 def test_a_file_that_is_no_use_is_one_line(name, text, named, tmp_path, capsys):
     path = write(tmp_path / "given.csv", text)
@@ -1269,7 +1270,10 @@ def test_report_as_many_digits_as_the_interval_bears(half, said):
 
 
 def test_report_compare_prints_the_paired_differences(tmp_path):
-    parsed = Page(written(compared(dict(INPO=2., GA=9.), {("GA", "INPO"): (3, 11)}), tmp_path))
+    made = compared(dict(INPO=2., GA=9.), {("GA", "INPO"): (3, 11)})
+    made["cells"] += [cell("table4", "GA", "FD", 90.0, 9.0) | dict(before=None, difference=None)]
+    parsed = Page(written(made, tmp_path))
+    assert "ACCseed noise +1.0" in parsed.texts("th") and "FDseed noise 1.0" in parsed.texts("th")
     assert "GA − INPO" in parsed.texts("th") and "+7.0 [3.0, 11.0]" in parsed.texts("td")
     assert any("ACC 90.0 → 2.0 % with INPO, 9.0 % with GA." in p for p in parsed.texts("p"))
 

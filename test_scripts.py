@@ -773,10 +773,10 @@ def test_detector_and_sam_that_cannot_be_had_are_named(tmp_path, monkeypatch):
 def test_thin_mask_of_your_own_survives_the_resize():
     """A cell is in if any of its pixels is, at every size; each line at 100 positions."""
     for x in range(100):
-        pole = np.zeros((640, 900), np.uint8)
-        pole[100:500, 200 + x:203 + x] = 255
+        pole = np.full((640, 900), 100, np.uint8)  # which is black, as in training
+        pole[100:500, 200 + x:203 + x] = 200
         small = np.asarray(sample.square(Image.fromarray(pole), 64)) > 127
-        wanted = (pole[:, 130:770].reshape(64, 10, 64, 10) > 0).any((1, 3))
+        wanted = (pole[:, 130:770].reshape(64, 10, 64, 10) > 127).any((1, 3))
         assert (small == wanted).all() and wanted.any()
 
 
@@ -2010,7 +2010,7 @@ def test_pictures_made_elsewhere_are_scored_like_a_loras(copied, tmp_path, capsy
     shutil.copytree(copied / "base" / "again" / "cat" / "rephrased", mine / "rephrased")
     rows = json.loads((mine / "rephrased" / "manifest.json").read_text())
     rows[1]["prompt"] = "a dog"
-    (mine / "rephrased" / "manifest.json").write_text(json.dumps(rows))
+    (mine / "rephrased" / "manifest.json").write_text(json.dumps(rows), "utf-8-sig")
     assert "001.png has another prompt" in refusal(lambda: evaluation(None, copied / "base", *given), capsys)
     (mine / "rephrased" / "manifest.json").unlink()
     (mine / "rephrased" / "scores.json").unlink()
@@ -2212,9 +2212,10 @@ def test_lora_of_a_concept_without_a_file_is_asked_what_is_not_about_it(copied, 
     ("--compare {run} {run}", "names one LoRA twice"), ("--lora {run} --report LICENSE/x", "--report"),
     ("--images {mine} --concept cat --suite table12", "is no list of objects"),
     ("--lora {old}", "version"), ("--lora {foreign}", "names no concept"),
-    ("--lora {list} --suite table12", "--concept is missing")])
+    ("--lora {list} --suite table12", "--concept is missing"), ("--lora {odd}", "names no concept"),
+    ("--lora {run} --list {mine}", "is a folder")])
 def test_bad_evaluation_is_one_line_before_work(copied, tmp_path, capsys, given, named):
-    for name in ("other", "bare", "old", "both", "foreign", "list"):
+    for name in ("other", "bare", "old", "both", "foreign", "list", "odd"):
         (tmp_path / name).mkdir()
         shutil.copy(copied / "run" / WEIGHTS, tmp_path / name)
     record = json.loads((copied / "run" / "args.json").read_text())
@@ -2226,11 +2227,11 @@ def test_bad_evaluation_is_one_line_before_work(copied, tmp_path, capsys, given,
     (tmp_path / "other" / "args.json").write_text(json.dumps(record))
     (tmp_path / "foreign" / "args.json").write_text('{"settings": {"concept": "cat"}}')
     (tmp_path / "list" / "args.json").write_text('{"settings": [1]}')
+    (tmp_path / "odd" / "args.json").write_text('{"settings": {"concept": [1], "model": null}}')
     (tmp_path / "bare" / "words.csv").write_text("text\na dog\n")
     (tmp_path / "mine" / "rephrased").mkdir(parents=True)
     (tmp_path / "mine" / "rephrased" / "manifest.json").write_text('[{"file": 3, "prompt": "a cat"}]')
-    places = {name: tmp_path / name for name in ("other", "bare", "old", "both", "mine", "foreign", "list")}
-    places["run"] = copied / "run"
+    places = {folder.name: folder for folder in tmp_path.iterdir()} | dict(run=copied / "run")
     line = refusal(lambda: evaluation(None, tmp_path / "base", *given.format(**places).split()), capsys)
     assert named in line and not (tmp_path / "base").exists()
 
@@ -2258,6 +2259,7 @@ def test_plan_asks_each_image_about_what_it_shows():
     assert sets["target, guidance 5"] == (sets["target"][0], 5.0) and asked["target"][1][0] == ["a cat"]
     noto = sample.load_concept(EMOJI, "noto")
     sets, asked = promptsets.plan_images(noto, 8, 3.5)
+    assert "styles" not in asked
     assert not any("pair" in name for name in asked) and not any("noto" in p for p in sets["preserved"][0])
     assert ["twemoji style"] in asked["preserved"][1] and ["a lion"] in asked["never seen"][1]
     assert not any("style" in o for some in asked["never seen"][1] for o in some)
