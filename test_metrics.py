@@ -1179,6 +1179,7 @@ def test_report_blurs_what_is_to_be_blurred_and_no_other(shown):
     ("lower", dict(a=2., b=9., c=30.), {("a", "b"): (-15, 1), ("c", "a"): (20, 36)}, []),
     ("lower", dict(a=2., b=9., c=30.), {("b", "a"): (0, 14), ("c", "a"): (20, 36)}, []),  # zero is included
     ("lower", dict(a=2., b=9., c=30.), {("c", "a"): (20, 36)}, []),  # nobody compared it with b
+    ("lower", dict(a=2., b=9.), {("a", "b"): (-11, -3)}, ["2.0"]),
     ("lower", dict(a=2., b=9.), {("b", "a"): (None, None)}, []),  # a Frechet distance
     ("higher", dict(a=2., b=9., c=30.), {("b", "a"): (3, 11), ("c", "a"): (20, 36), ("c", "b"): (15, 27)},
      ["30.0"]),
@@ -1295,8 +1296,10 @@ def test_report_sentence_is_about_the_total_and_of_what_falls(tmp_path):
                      cell("table4", "a", "Total", 20.0, 3.0, better="lower", unit="images",
                           paper=dict(before=57.33, after=0.0)),
                      cell("table4", "a", "CLIP", 50.5, 59.5), cell("table4", "a", "PickScore", 50.5, 40.5)]
+    made["cells"] += [cell("table4", "a", "FID", 50.5, 45.0) | dict(  # beyond the seeds, but zero is not excluded
+        difference=dict(value=-5.5, low=-12.0, high=0.5, n=9))]
     parsed = Page(written(made | dict(compare=False), tmp_path))
-    assert parsed.texts("p")[0] == ("Table 4: Total 20 → 3 images; of what should stay, 1 of 2 figures "
+    assert parsed.texts("p")[0] == ("Table 4: Total 20 → 3 images; of what should stay, 1 of 3 figures "
                                     "fall beyond seed noise (a: PickScore).")
     assert sum("the paper: 57.33 → 0" in t for t in parsed.texts("td")) == 1
 
