@@ -1296,7 +1296,7 @@ def test_report_sentence_is_about_the_total_and_of_what_falls(tmp_path):
                      cell("table4", "a", "Total", 20.0, 3.0, better="lower", unit="images",
                           paper=dict(before=57.33, after=0.0)),
                      cell("table4", "a", "CLIP", 50.5, 59.5), cell("table4", "a", "PickScore", 50.5, 40.5)]
-    made["cells"] += [cell("table4", "a", "FID", 50.5, 45.0) | dict(  # beyond the seeds, but zero is not excluded
+    made["cells"] += [cell("table4", "a", "FID", 50.5, 45.0) | dict(  # zero is not excluded
         difference=dict(value=-5.5, low=-12.0, high=0.5, n=9))]
     parsed = Page(written(made | dict(compare=False), tmp_path))
     assert parsed.texts("p")[0] == ("Table 4: Total 20 → 3 images; of what should stay, 1 of 3 figures "
