@@ -50,6 +50,8 @@ NOTES = [
     "What a concept's file calls unrelated is preserved, in other scenes; never seen is what no set of it "
     "holds (a run's own --images, --prompts or --preserve may). Of Table 1's other two of a category those "
     "are preserved, too, that the file calls neighbours.",
+    "Where a prompt of COCO or its stand-in names what a LoRA forgets, the set's scores have no arrow: they "
+    "need neither stay nor fall.",
     "Cost lacks the forward passes of sampling that was killed, and of images that another run had made.",
     "Intervals hold for these prompts and this seed; another training run differs by more (README: results).",
     "The paper's counts, if shown, are of whole prompt sets, ours, with their n, of what the filter keeps."]

@@ -231,19 +231,25 @@ def plan_suite(suite, concept, forgotten, prompts_of, words, args):
         kind = "pictures" if part == "pictures" else "count"
         column(title + mark, "harm", *names, kind=kind, better="lower", part=parts.index(part))
 
+    def unless_named(name, better, concepts):
+        """None where its prompts name one of them: what changes there is then neither good nor bad."""
+        said = cycled(sets[name]["prompts"], sets[name]["n"]) if name in sets else []
+        return None if any(mentions(prompt, concepts) for prompt in said) else better
+
     def unrelated_and_locality():
         column(f"{clip}, unrelated", "clip", "scenes")
         for part, side in enumerate(("inside", "outside")):
             column(f"pixels {side} of the mask", "locality", "target", unit="of 255", part=part,
-                   better="lower" if side == "outside" else None)
+                   better=unless_named("target", "lower", also) if side == "outside" else None)
         for name in sets.keys() & {"target", "preserved", "never seen"}:  # for the matrix: what each shows
             sets[name] |= dict(shows=answers[name][1])
 
     def quality(name, **rewards):
-        column(clip, "clip", name)
+        better = unless_named(name, "higher", forgotten)
+        column(clip, "clip", name, better=better)
         for title, network in rewards.items():
             if network:
-                column(title, title, name)
+                column(title, title, name, better=better)
 
     if suite == "concept":
         for name in own:
@@ -295,7 +301,8 @@ def plan_suite(suite, concept, forgotten, prompts_of, words, args):
         for part in parts:
             harmful(part, i2p, part=part)
         _, coco = take_set("coco")
-        column("FD-judge" if own_name(args.judge) else "FID", "distance", coco, better="lower")
+        column("FD-judge" if own_name(args.judge) else "FID", "distance", coco,
+               better=unless_named(coco, "lower", forgotten))
         quality(coco, ImageReward=args.image_reward, PickScore=args.pick_score)
     elif suite in ("table4", "table5"):
         _, i2p = take_set("i2p-sexual")

@@ -738,9 +738,10 @@ def sample_set(load, embeds, folder, concept, prompts, count, args, **made_by):
     return [(file, row["prompt"]) for file, row in zip(files, rows)]
 
 def mentions(phrase, concepts):
-    """Does the phrase name one of the concepts, by the judge's words or, for an object, the detector's (which
-    are a man for Elon Musk, and a painting for a style)?"""
-    return says(phrase, sum([c["concept"] + c["detect"] * (c["task"] == "object") for c in concepts], []))
+    """Does the phrase name one of the concepts, by its name, the judge's words or, for an object, the
+    detector's (which are a man for Elon Musk, and a painting for a style)?"""
+    words = [[c["name"], *c["concept"]] + c["detect"] * (c["task"] == "object") for c in concepts]
+    return says(phrase, sum(words, []))
 
 def says(phrase, words):
     """Does the phrase hold one of the words, its article left out, or its regular plural?"""

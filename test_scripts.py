@@ -457,7 +457,7 @@ def test_prompt_files_are_complete(model):
         assert not set(c["paraphrases"]) & set(c["train"] + c["eval"])
         assert not set(c["unseen"]) & set(c["neighbours"] + c["unrelated"] + c["concept"])
         for thing in (re.sub(r" in \w+ style$", "", phrase) for phrase in c["unseen"]):
-            asked = [dict(concept=[thing], detect=[], task="")]
+            asked = [dict(name=thing, concept=[thing], detect=[], task="")]
             met = [p for p in c["train"] + c["preserve"] if name != "nudity" and sample.mentions(p, asked)]
             assert not met, f"{name}: {thing} is no unseen thing"
         assert all("{}" in t for t in c["preserve"])
@@ -498,20 +498,23 @@ def test_prompt_file_with_a_mistake_is_refused(old, new, named, tmp_path, capsys
 
 
 def test_phrase_mentions_a_concept_by_any_of_its_words():
-    cat, car = (dict(concept=[f"a {a}"], detect=[f"a {b}"], task="object") for a, b in (
+    cat, car = (dict(name=a, concept=[f"a {a}"], detect=[f"a {b}"], task="object") for a, b in (
         ("cat", "cat"), ("automobile", "car")))
     for phrase in ("a Cat", "the cat sat", "two cats", "a sports car", "an automobile"):
         assert sample.mentions(phrase, [cat, car])
     for phrase in ("a cathedral", "a bobcat", "a carpet", "a dog", "she cares"):
         assert not sample.mentions(phrase, [cat, car])
-    odd = [dict(concept=[name], detect=["x"], task="ip") for name in ("A fox", "C++", "mickey (50%)")]
+    odd = [dict(name=name, concept=[name], detect=["x"], task="ip")
+           for name in ("A fox", "C++", "mickey (50%)")]
     for phrase in ("two foxes", "a C++ poster", "a mickey (50%) poster"):
         assert sample.mentions(phrase, odd)
     for phrase in ("butterflies over a meadow", "two knives", "Wolves in snow", "two monkeys"):
         assert sample.says(phrase, ["a butterfly", "a knife", "a wolf", "a monkey"])
     assert not sample.says("a butter lie in a knave's wolverine", ["a butterfly", "a knife", "a wolf"])
-    musk = dict(concept=["Elon Musk"], detect=["a man"], task="ip")
+    musk = dict(name="musk", concept=["Elon Musk"], detect=["a man"], task="ip")
     assert not sample.mentions("a man in a suit", [musk])
+    gogh = sample.load_concept("none", "van gogh")
+    assert sample.mentions("Van Gogh's sunflowers", [gogh]) and not sample.mentions("a painting", [gogh])
 
 
 def test_guidance_is_distilled_into_the_model():
@@ -1351,6 +1354,8 @@ def test_several_concepts_take_turns_and_are_never_preserved(tmp_path, capsys):
     lines = [line.split(",") for line in (out / "log.csv").read_text().splitlines()]
     assert [line[1] for line in lines] == ["concept", "cat", "tiger", "cat", "tiger"]
     both = [sample.load_concept(EMOJI, name) for name in ("cat", "noto")]
+    settings = json.loads((out / "args.json").read_text())["settings"]
+    assert settings["cat.steps"] == settings["tiger.steps"] == 2
     args = train.arguments(["--concept", "cat", "noto", "--gamma", "2"])
     rows = train.fill_presets(both, args)
     assert args.steps == 700 and [(row["eta"], row["gamma"]) for row in rows] == [(1.0, 2.0), (3.0, 2.0)]
@@ -1358,6 +1363,15 @@ def test_several_concepts_take_turns_and_are_never_preserved(tmp_path, capsys):
     assert groups["together"] == ["a cat and a tiger"] and "a tiger" not in groups["neighbours"]
     mixed = [sample.load_concept(EMOJI, name) for name in ("cat", "noto")]
     assert train.picture_groups(mixed)["together"] == ["a cat in noto style"]
+    names = "cat", "van gogh", "elon musk", "nudity"
+    cat, gogh, musk, nude = (sample.load_concept("none", name) for name in names)
+    for both in ((cat, gogh), (gogh, cat)):  # a style's partners are styles
+        pairs = train.picture_groups(both)["pairs"]
+        assert pairs == [f"a cat and {o}" for o in cat["unrelated"] + cat["unseen"]]
+    for both in ((musk, nude), (nude, musk)):  # nobody by name is put beside a nude
+        groups = train.picture_groups(both)
+        beside = {pair.partition(" and ")[2] for pair in groups["pairs"] if "nude" in pair}
+        assert "together" not in groups and beside == {*nude["unrelated"], *nude["unseen"]}
     found = figures(evaluation(out, tmp_path / "base", "--suite", "table8"))
     assert found["table8", "ACC (emoji)"]["n"] == 8 and found["table8", "ACC (emoji), tiger"]["n"] == 4
     assert (tmp_path / "base" / "before" / "cat+tiger" / "target, tiger" / "003.png").exists()
@@ -2335,6 +2349,16 @@ def test_no_prompt_of_what_should_stay_is_in_a_style_that_is_forgotten_too():
     sets, columns = planned("concept", "cat", *styles)
     assert sets["scenes"]["prompts"] and "styles" not in [c["column"] for c in columns]
     assert [c["column"] for c in columns].count("backgrounds") == 1
+
+
+@pytest.mark.parametrize("suite, names, named", [
+    ("table4", ["noto"], True), ("table2", ["cat"], True), ("table2", ["hazard"], False),
+    ("table1", ["cat", "noto"], True), ("table1", ["cat"], False)])
+def test_scores_of_prompts_that_name_what_is_forgotten_need_neither_stay_nor_fall(suite, names, named):
+    _, columns = planned(suite, *names)
+    better = {c["column"]: c["better"] for c in columns if "coco" in " ".join(c["sets"])
+              or c["column"] == "pixels outside of the mask"}
+    assert better and {which is None for which in better.values()} == {named}
 
 
 @pytest.mark.parametrize("own, other", [("judge", "clip"), ("clip", "judge")])

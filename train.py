@@ -329,10 +329,13 @@ def picture_groups(concepts):
     """What before_after.png shows, {title: prompts}: each concept alone, none of them, two at once."""
     groups = {concept["name"]: concept["eval"] for concept in concepts}
     others = {key: [o for c in concepts for o in c[key] if not mentions(o, concepts)]
-              for key in ("neighbours", "unrelated", "unseen")}
-    things = [c["concept"][0] for c in concepts if c["task"] != "style"]  # a style stands in no pair
+              for key in ("neighbours", "unrelated")}
     groups |= dict(neighbours=others["neighbours"], unrelated=others["unrelated"])
-    groups["pairs"] = [f"{t} and {o}" for o in others["unrelated"] + others["unseen"] for t in things]
+    bodies = [c for c in concepts if c["task"] != "style"]  # a style stands in no pair
+    pairs = [[f"{c['concept'][0]} and {o}" for o in c["unrelated"] + c["unseen"] if not mentions(o, concepts)]
+             for c in bodies]  # each beside what its own file names
+    groups["pairs"] = [pair for some in itertools.zip_longest(*pairs) for pair in some if pair]
+    things = [c["concept"][0] for c in bodies if c["detect"] != ["nudenet"]]  # nobody is put beside a nude
     styles = [c["concept"][0] for c in concepts if c["task"] == "style"]
     groups["together"] = [f"{a} and {b}" for a, b in itertools.combinations(things, 2)]
     groups["together"] += [f"{a} in {style}" for a in things for style in styles]
@@ -385,6 +388,8 @@ def main(args):
     settings["sets"] = f"{zlib.crc32(json.dumps(shown).encode()):08x}"
     settings |= {f"{concept['name']}.detect": concept["detect"] for concept in concepts}
     settings |= {f"{c['name']}.{k}": v for c, preset in zip(concepts, table6) for k, v in preset.items()}
+    turns = len(concepts)
+    settings |= {f"{c['name']}.steps": len(range(i, args.steps, turns)) for i, c in enumerate(concepts)}
     stamp = zlib.crc32(json.dumps(settings, sort_keys=True, default=str).encode())
     # before a checkpoint, images and masks check their own settings
     ours = "checkpoint.pt", "checkpoint-previous.pt", LORA_WEIGHT_NAME_SAFE, "README.md"
