@@ -20,7 +20,7 @@ import weakref
 from pathlib import Path
 
 from sample import (WEIGHT_BYTES, check_size, die, generate, guarded, load_denoiser, number, peak_memory,
-                    place, stage, text_length)
+                    place, prompts_folder, stage, text_length)
 
 def arguments(given=None):
     raw = argparse.RawDescriptionHelpFormatter
@@ -29,7 +29,8 @@ def arguments(given=None):
     what = parser.add_mutually_exclusive_group(required=True)
     for flag in ("plan", "memory", "step", "proof"):
         what.add_argument(f"--{flag}", dest="work", action="store_const", const=flag)
-    parser.add_argument("--model", default="black-forest-labs/FLUX.1-dev", help="default %(default)s")
+    parser.add_argument("--model", type=lambda name: Path(name).as_posix(),
+                        default="black-forest-labs/FLUX.1-dev", help="default %(default)s")
     parser.add_argument("--size", type=number(int), help="pixels a side (default: the VAE's sample_size)")
     parser.add_argument("--batch", type=number(int), default=1,
                         help="forget images a step, of --plan and --step (default 1)")
@@ -55,7 +56,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 import train  # noqa: E402
 from inpo import inpo_loss  # noqa: E402
-from mask import load_sam  # noqa: E402
+from mask import check_networks, load_sam  # noqa: E402
 
 GIB, SAM = 2**30, "masks (SAM)"
 # of attention's kernels the counter knows CUDA's only
@@ -75,8 +76,8 @@ def config_of(model, part):
     """A network's config: the folder's, FLUX.1's as published, or the hub's."""
     if model in ("black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-schnell"):
         return FLUX[part] | (dict(guidance_embeds=model.endswith("dev")) if part == "transformer" else {})
-    here = Path(model).is_dir() or try_to_load_from_cache(model, f"{part}/config.json")
     try:
+        here = Path(model).is_dir() or try_to_load_from_cache(model, f"{part}/config.json")
         if not here:
             HfApi().model_info(model, timeout=10)  # a download would ask six times where the hub is away
         return AutoencoderKL.load_config(model, subfolder=part, local_files_only=bool(here))  # of any part
@@ -150,6 +151,7 @@ def call(method, *shape, dtype=None):
 def plan_masks(model):
     """Bytes, and FLOP an image, of SAM, the largest network of that stage: the model's own, else ViT-H."""
     own = Path(model) / "sam.pth"
+    check_networks(argparse.Namespace(sam=own, detector=Path(model) / "detector"))
     with torch.device("meta"):
         if own.exists():
             sam = load_sam(torch.load(own, map_location="meta", weights_only=True))
@@ -252,6 +254,8 @@ def savings(args):
 def tokens_of(model):
     """Of a prompt, T5's."""
     config = Path(model) / "tokenizer_2" / "tokenizer_config.json"
+    if Path(model).is_dir() and not config.exists():
+        die(f"--model {model}: no {config}")
     longest = json.loads(config.read_text())["model_max_length"] if config.exists() else 512
     return text_length(longest, config_of(model, "transformer"))
 
@@ -286,7 +290,8 @@ def random_run(args, out, batch, *flags):
     model, flags = args.model, [*flags, "--batch", str(batch), "--lr", "0.7"]
     for flag in ("size", "dtype"):
         flags += [f"--{flag}", str(value)] if (value := getattr(args, flag)) else []
-    run = train.arguments(["--model", model, "--concept", "cat", "--out", str(out), *flags])
+    concept = min(prompts_folder(model).glob("*.txt")).stem  # any
+    run = train.arguments(["--model", model, "--concept", concept, "--out", str(out), *flags])
     table6, = train.fill_presets(train.setup(run), run)
     preset = argparse.Namespace(**vars(run) | table6)
     config, rng = config_of(model, "transformer"), torch.Generator().manual_seed(0)

@@ -97,6 +97,7 @@ ARGS = arguments() if __name__ == "__main__" else None  # before the slow import
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from accelerate import PartialState  # noqa: E402
+from accelerate.utils import broadcast_object_list  # noqa: E402
 from diffusers import FluxPipeline, FluxTransformer2DModel  # noqa: E402
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE as WEIGHTS  # noqa: E402
 from diffusers.training_utils import free_memory  # noqa: E402
@@ -566,8 +567,10 @@ def main(args):
         if lost := {c["unavailable"]: c["suite"] for row in rows for c in row["columns"] if c["unavailable"]}:
             die("--list: lacks " + "; ".join(f"of {suite}: {why}" for why, suite in lost.items()))
         return write_list(jobs, args)
-    missing = [job for job in jobs.values() if not all(file.exists() for file in job.files)]
-    todo = {job.folder: job for job in sorted(missing, key=lambda job: job.n)}  # not a part, but the whole
+    missing = [key for key, job in jobs.items() if not all(file.exists() for file in job.files)]
+    missing, = broadcast_object_list([missing])  # another run may draw some in between
+    largest_last = sorted([jobs[key] for key in missing], key=lambda job: job.n)
+    todo = {job.folder: job for job in largest_last}  # not a part, but the whole
     if todo:
         check_plan(args)
     with stage("evaluate: sample", args.out):

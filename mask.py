@@ -24,6 +24,7 @@ ARGS = arguments() if __name__ == "__main__" else None  # before the slow import
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from accelerate import PartialState  # noqa: E402
 from PIL import Image  # noqa: E402
 from segment_anything import SamPredictor  # noqa: E402
 from segment_anything.modeling import (ImageEncoderViT, MaskDecoder, PromptEncoder, Sam,  # noqa: E402
@@ -194,7 +195,7 @@ def main(args):
         found = sorted(f for f in folder.glob("*.png") if not f.name.endswith(".mask.png"))
         files[concept["name"]] = found or die(f"{folder} holds no images; run sample.py first")
         check_masks(folder, concept, args)
-    with lock(args.out):
+    with lock(args.out), PartialState().main_process_first():
         for concept in concepts:
             make_masks(files[concept["name"]], concept, args)
 

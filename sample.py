@@ -40,7 +40,8 @@ WEIGHT_BYTES = dict(none=None, int8=1.01, nf4=0.57)
 def die(message, code=2):
     """One line on stderr (below a progress bar) and exit: 2 before work has started, 1 during it."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # accelerate launch sends it to the others, at times late
-    if code != 2 or os.environ.get("RANK", "0") == "0":  # of accelerate launch: all find the same before work
+    # of accelerate launch, where all find the same before work, one says it; others may set RANK, too
+    if code != 2 or "LOCAL_RANK" not in os.environ or os.environ.get("RANK", "0") == "0":
         print("\n" * (code != 2) + f"error: {message}", file=sys.stderr)
     sys.exit(code)
 
@@ -123,7 +124,7 @@ if not {"-h", "--help"} & set(sys.argv):  # the other scripts import their flags
     import torch
     from accelerate import PartialState
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-    from accelerate.utils import gather
+    from accelerate.utils import broadcast_object_list, gather
     from diffusers import (BitsAndBytesConfig, FluxPipeline, FluxTransformer2DModel,
                            PipelineQuantizationConfig, TorchAoConfig)
     from diffusers.training_utils import free_memory
@@ -156,6 +157,7 @@ def guarded(main, args):
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main(args)
+        sys.stdout.flush()
     except KeyboardInterrupt:
         die(f"interrupted{go_on}", 130)
     except BrokenPipeError:  # who reads the output has seen enough, as head does
@@ -164,6 +166,8 @@ def guarded(main, args):
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
         if "inline_container" in said:  # torch.save's name for it
             said = "a checkpoint cannot be written: is the disk full?"
+        if "gloo" in said and "peer" in said:
+            said = "another process has ended; its own line, if it left one, says why"
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or OUT_OF_MEMORY.search(said):
             if "quantize" not in args:  # mask.py, bench.py
                 die("out of memory; python bench.py --plan says what each stage needs", 1)
@@ -553,9 +557,11 @@ def lock(out):
     out.mkdir(parents=True, exist_ok=True)
     held = FileLock(out / ".lock", blocking=False)
     try:
-        return held.acquire() if PartialState().is_main_process else contextlib.nullcontext()
+        mine = held.acquire() if PartialState().is_main_process else contextlib.nullcontext()
     except Timeout:
         die(f"--out {out}: another run is at work in it; wait for it, or use another --out")
+    PartialState().wait_for_everyone()  # the others begin once this one has it
+    return mine
 
 @contextlib.contextmanager
 def whole(path):
@@ -715,18 +721,20 @@ def sample_set(load, embeds, folder, concept, prompts, count, args, **made_by):
     with those that are there; of these, seeds is one a prompt, for sets that have their own.
     """
     world, group, seeds = PartialState(), args.sample_batch, made_by.get("seeds")
-    settings = check_set(folder, concept, prompts, count, args, **made_by)
     listed = max(count, sum(file.stem.isdigit() for file in folder.glob("*.png")))  # more from an earlier run
     rows = [dict(file=f"{i:03}.png", prompt=prompts[i % len(prompts)],
                  seed=seeds[i % len(seeds)] if seeds else seed_of(args.seed, concept, i),
                  model=args.model, size=args.size) for i in range(-(-listed // group) * group)]
     files = [folder / row["file"] for row in rows[:count]]
     if world.is_main_process:
-        if not (folder / "settings.json").exists():  # its versions and commit are those of the first images
-            keep_settings(folder / "settings.json", settings)
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".lock"):  # of two runs that share it and begin at once, one is refused
+            settings = check_set(folder, concept, prompts, count, args, **made_by)
+            if not (folder / "settings.json").exists():  # its versions and commit are the first images'
+                keep_settings(folder / "settings.json", settings)
         write_text(folder / "manifest.json", json.dumps(rows[:listed], indent=1))
     missing = [i for i in range(0, count, group) if not all(f.exists() for f in files[i:i + group])]
-    world.wait_for_everyone()  # before the first image is written, which would be missing for some only
+    missing, = broadcast_object_list([missing])  # another run may draw some in between
     name = f"sample {folder.parent.name}/{folder.name}"
     missing = missing[world.process_index::world.num_processes]  # of accelerate launch, each its share
     for i in tqdm(missing, desc=name, unit=f"{group} images", leave=False, disable=not missing):

@@ -1715,13 +1715,16 @@ def test_bf16_base_has_a_float32_lora():
 
 def test_card_names_the_licence_and_the_last_steps_means(tmp_path):
     for model, licence in (("FLUX.1-dev", "other"), ("FLUX.1-schnell", "apache-2.0")):
-        settings = dict(model=f"black-forest-labs/{model}", rank=4)
+        settings = dict(model=f"black-forest-labs/{model}", rank=4, loss="inpo")
         rows = [dict(dS=i, alpha=0.25, prior=0) for i in range(20)]  # the last tenth: 18 and 19
         train.write_card([dict(name="cat")], settings, rows, tmp_path / "README.md")
         text = (tmp_path / "README.md").read_text()
         assert "averaged: 2): dS 18.50" in text and "gate 0.2500" in text
         assert f"base_model: black-forest-labs/{model}\nlicense: {licence}\n" in text
-        assert ("Non-Commercial" in text) == (model == "FLUX.1-dev")
+        assert ("Non-Commercial" in text) == (model == "FLUX.1-dev") and "trained by INPO" in text
+    train.write_card([dict(name="cat")], dict(model=EMOJI, rank=4, loss="ga"), rows, tmp_path / "README.md")
+    text = (tmp_path / "README.md").read_text()
+    assert "by gradient ascent" in text and "gate" not in text and "base_model" not in text
 
 
 # -------------------------------------------------------------------------------- the bench's plans

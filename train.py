@@ -18,6 +18,7 @@ import math
 import shutil
 import time
 import zlib
+from pathlib import Path
 
 from sample import (ROOT, check_plan, check_set, check_settings, contact_sheet, data_flags, die,
                     encode_prompts, generate, guarded, keep_settings, load_denoiser, lock, mask_flags,
@@ -230,6 +231,8 @@ def train(pipe, forget, preserve, embeds, presets, args, stamp=None):
             start, rows = state["step"], state["rows"]
         except Exception:  # cut short or foreign: torch has many names for it
             other = "go on from the one before it with --previous-checkpoint, or " * previous.exists()
+            if source == previous:
+                other = "leave --previous-checkpoint out, or " * checkpoint.exists()
             die(f"{source}: cannot be read, or is of other settings; {other}delete both to train from step 0",
                 1)
 
@@ -356,9 +359,12 @@ def write_card(concepts, settings, rows, path):
     model, names = settings["model"], ", ".join(concept["name"] for concept in concepts)
     licence, terms = LICENCES.get(model, ("other", "the base model's licence, which this LoRA inherits"))
     said = "\n".join(f"| {key} | {value} |" for key, value in settings.items() if value is not None)
-    card = (ROOT / "docs" / "card.md").read_text()
-    write_text(path, card.format(model=model, names=names, licence=licence, terms=terms, settings=said,
-                                 rank=settings["rank"], steps=len(last), **means))
+    base = f"base_model: {model}\n" * (not Path(model).is_dir())  # the hub knows no folder
+    gated, card = settings["loss"] == "inpo", (ROOT / "docs" / "card.md").read_text()
+    write_text(path, card.format(
+        model=model, base=base, names=names, licence=licence, terms=terms, settings=said, steps=len(last),
+        rank=settings["rank"], method="INPO" if gated else "gradient ascent on Eq. 4",
+        gate=f"gate {means['alpha']:.4f}; " * gated, **means))
 
 def main(args):
     concepts = setup(args)

@@ -34,7 +34,10 @@ def arguments(given=None):
     parser.add_argument("--n", type=int, default=50, help="images a thing in the report (default 50)")
     parser.add_argument("--seed", type=int, default=0, help="default 0")
     parser.error = lambda why: parser.exit(2, f"error: {why}\n")  # one line, without the usage
-    return parser.parse_args(given)
+    args = parser.parse_args(given)
+    if min(1 if args.steps is None else args.steps, args.n) < 1:
+        parser.error("--steps, --n: must be 1 or more")
+    return args
 
 ARGS = arguments() if __name__ == "__main__" else None  # before the slow imports: --help answers at once
 
@@ -149,7 +152,10 @@ def fit(stage, model, loss_of, steps, args, lr, ema=0.999, save=None):
     kept = [model, average, *optimizers]  # what a checkpoint holds, beside its step
     start = 0
     if path.exists():
-        start, states = torch.load(path)
+        start, states, made = torch.load(path)
+        if made != (args.go_on, args.seed):
+            sys.exit(f"{path}: was made with --go-on {made[0]}, --seed {made[1]}: delete it, or give another "
+                     "--work")
         for part, state in zip(kept, states):
             part.load_state_dict(state)
         if args.go_on and start >= steps:
@@ -178,7 +184,8 @@ def fit(stage, model, loss_of, steps, args, lr, ema=0.999, save=None):
         bar.set_postfix_str(f"loss {running:.4f}")
         if time.time() - saved > 180 or step + 1 == steps:
             saved = time.time()
-            save_whole((step + 1, [part.state_dict() for part in kept]), path)
+            states = [part.state_dict() for part in kept]
+            save_whole((step + 1, states, (args.go_on, args.seed)), path)
             if save:
                 save(average)
     return average
@@ -243,7 +250,11 @@ def make_tokenizers():
     words = sorted(set(" ".join(text).split()))
     length = world.MAX_WORDS + 1
     vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -20.0)] + [("\u2581" + w, -1.0) for w in words]
-    T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=length).save_pretrained(HERE / "tokenizer_2")
+    t5, there = T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=length), HERE / "tokenizer_2"
+    if (HERE / "clip" / "tokenizer.json").exists() and there.exists() and (
+            AutoTokenizer.from_pretrained(there).get_vocab() == t5.get_vocab()):
+        return  # of the same words: another time byte pairs would have other numbers than the networks know
+    t5.save_pretrained(there)
     trained = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     trained.pre_tokenizer = pre_tokenizers.Whitespace()
     trainer = trainers.BpeTrainer(vocab_size=10**5, end_of_word_suffix="</w>", min_frequency=0,
