@@ -15,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import weakref
 from argparse import Namespace
@@ -26,6 +27,7 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 from diffusers.utils import convert_state_dict_to_kohya
+from filelock import FileLock
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from segment_anything import sam_model_registry
@@ -996,6 +998,60 @@ def test_killed_run_goes_on_to_the_same_bits(trained, tmp_path, moment):
     check_restart(trained, tmp_path / "cat", *moment)
 
 
+def test_of_two_runs_that_share_a_set_and_begin_at_once_one_is_refused(tmp_path, capsys):
+    folder, begun = tmp_path / "cat", threading.Event()
+    folder.mkdir()
+
+    def how(steps):
+        return folder, "cat", ["a cat"], 1, flags(seed=0, size=64, sample_batch=1, sample_steps=steps,
+                                                  sample_guidance=1.0)
+
+    def other():
+        with FileLock(folder / ".lock"):
+            settings = sample.check_set(*how(6))
+            begun.set()
+            time.sleep(0.5)
+            sample.keep_settings(folder / "settings.json", settings)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    begun.wait()
+    line = refusal(lambda: sample.sample_set(lambda: 1 / 0, {}, *how(4)), capsys)
+    thread.join()
+    assert "sample_steps = 6, not 4" in line
+
+
+def test_refusal_is_said_by_one_process_of_a_launch_and_whoever_else_sets_rank(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    assert refusal(lambda: sample.die("no"), capsys) == "error: no"
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(SystemExit):
+        sample.die("no")
+    assert not capsys.readouterr().err
+
+
+def test_end_of_another_process_is_said_in_words(capsys):
+    def main(args):
+        raise RuntimeError("[/pytorch/third_party/gloo/pair.cc:561] Connection closed by peer")
+
+    assert "another process has ended" in refusal(lambda: sample.guarded(main, Namespace()), capsys, 1)
+
+
+def test_build_keeps_its_tokenizers_and_refuses_a_checkpoint_of_another_kind(tmp_path, monkeypatch):
+    for folder in ("tokenizer", "tokenizer_2", "clip"):
+        (tmp_path / folder).mkdir()
+        for file in (ROOT / "emoji-flux" / folder).glob("*.json"):
+            shutil.copy(file, tmp_path / folder)
+    there = {file: file.read_bytes() for file in tmp_path.glob("*/*")}
+    monkeypatch.setattr(build, "HERE", tmp_path)
+    build.make_tokenizers()  # byte pairs would have other numbers than those that the networks know
+    assert {file: file.read_bytes() for file in tmp_path.glob("*/*")} == there
+    torch.save((1, [], (False, 0)), tmp_path / "x.pt")
+    args = Namespace(work=tmp_path, go_on=True, seed=0, bf16=False)
+    with pytest.raises(SystemExit, match="was made with --go-on False, --seed 0"):
+        build.fit("x", torch.nn.Linear(2, 2), None, 3, args, 1e-3)
+
+
 def test_terminated_work_is_one_line(capsys):
     def main(args):
         signal.raise_signal(signal.SIGTERM)
@@ -1069,6 +1125,12 @@ def test_checkpoint_that_is_cut_short_or_foreign_is_refused(trained, tmp_path, c
     before = (out / "checkpoint.pt").read_bytes()
     line = refusal(lambda: run_train(out, "--save-every", "6"), capsys, 1)
     assert "checkpoint.pt: cannot be read" in line
+    if content == "foreign":
+        shutil.copy(out / "checkpoint.pt", out / "checkpoint-previous.pt")
+        shutil.copy(trained / "checkpoint.pt", good := out / "checkpoint.pt")
+        line = refusal(lambda: run_train(out, "--save-every", "6", "--previous-checkpoint"), capsys, 1)
+        assert "leave --previous-checkpoint out" in line
+        before = good.read_bytes()
     assert (out / "checkpoint.pt").read_bytes() == before and not (out / WEIGHTS).exists()
 
 
