@@ -119,14 +119,15 @@ def sentence(report, suite):
         fall = of(cells, column=total)
         digits, unit = decimals(fall), f" {fall[0]['unit'] or ''}".rstrip()
         first, last = ([value_of(c, which) for c in fall] for which in ("before", "after"))
-        fine = max(digits, 1) if len(fall) > 1 else digits  # the mean of two counts is no count
+        several = len(fall) > 1 and not report["compare"]
+        fine = max(digits, 1) if several else digits  # the mean of two counts is no count
         mean = [number(None if None in some else sum(some) / len(fall), fine) for some in (first, last)]
         each = [f"{number(value, digits)}{unit} with {c['row']}" for value, c in zip(last, fall)]
         if report["compare"]:
             mean[1] = ", ".join(each)
         else:
             mean[1] += unit
-            mean[1] += f" on average of {len(fall)}, most {each[last.index(max(last))]}" * (len(fall) > 1)
+            mean[1] += f" on average of {len(fall)}, most {each[last.index(max(last))]}" * several
         said.append(f"{fall[0]['column']} {' → '.join(mean)}")
     stay = [c for c in cells if c["better"] == "higher" and within_noise(c) is not None]
     lost = [f"{c['row']}: {c['column']}" for c in stay
