@@ -363,7 +363,7 @@ def write_card(concepts, settings, rows, path):
     gated, card = settings["loss"] == "inpo", (ROOT / "docs" / "card.md").read_text()
     write_text(path, card.format(
         model=model, base=base, names=names, licence=licence, terms=terms, settings=said, steps=len(last),
-        rank=settings["rank"], method="INPO" if gated else "gradient ascent on Eq. 4",
+        rank=settings["rank"], method="INPO" if gated else "gradient ascent (Eq. 4)",
         gate=f"gate {means['alpha']:.4f}; " * gated, **means))
 
 def main(args):
