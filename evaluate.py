@@ -201,7 +201,7 @@ def check_loras(loras, args):
     layers = {f"transformer.{name}" for name, part in network.named_modules()
               if isinstance(part, torch.nn.Linear)}
     for digest, folder in loras.items():
-        check_folder("lora", folder)  # what it draws goes there
+        check_folder("lora", folder / f"after{ending(args.seed)}")  # what it draws goes there
         try:
             lora, alphas = FluxPipeline.lora_state_dict(folder, return_alphas=True)
             odd = [key for key in lora if key.split(".lora")[0].removesuffix(".alpha") not in layers]
@@ -492,7 +492,8 @@ def read_run(row):
         curve = {key: [float(line[key]) for line in log] for key in ("step", "dS", "alpha")}
         curve["row"] = row["name"]
         with open(row["folder"] / "stages.csv", encoding="utf-8", newline="") as file:
-            stages = [line for line in csv.reader(file) if line and not line[0].startswith("evaluate")]
+            stages = [line for line in csv.reader(file)  # less one that a full disk has cut
+                      if len(line) == 5 and not line[0].startswith("evaluate")]
         seconds, host, gpu, drawn = np.array([line[1:] for line in stages], float).T
         steps, forwards = (sum(float(line[key]) for line in log) for key in ("seconds", "forwards"))
         stage_of_steps = sum(seconds[[line[0] == "train" for line in stages]])  # less what a kill cut off

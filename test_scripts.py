@@ -352,7 +352,7 @@ def test_the_hubs_commit_that_was_checked_is_loaded(tmp_path, monkeypatch):
     (cache / "snapshots" / ("b" * 40)).mkdir()
     (main := cache / "refs" / "main").parent.mkdir()
     main.write_text("a" * 40)
-    args = flags("some/model")
+    args = flags("some/model", seed=0)
     args.size, args.weights = sample.check_model(args)
     assert args.weights == "a" * 40
     main.write_text("b" * 40)
@@ -2187,7 +2187,7 @@ def test_cost_has_the_steps_that_a_kill_cut_off_and_no_evaluation(copied, tmp_pa
     assert evaluate.read_run(row)[1] == whole
     path.write_text(re.sub("(?m)^train,[^,]*", "train,0.01", path.read_text()))
     assert evaluate.read_run(row)[1] == whole | dict(seconds=pytest.approx(others + steps))
-    path.write_text(path.read_text() + "\n\n")
+    path.write_text(path.read_text() + "\n\nprompts,1.")  # a full disk has cut the last one
     assert evaluate.read_run(row)[1] == whole | dict(seconds=pytest.approx(others + steps))
 
 
@@ -2501,20 +2501,25 @@ def test_corrupt_foreign_or_missing_lora_is_one_line(tmp_path, capsys):
     for more in ("lora_B.bias", "lora_magnitude_vector", "alpha"):  # what peft and others save besides
         extra = torch.ones(() if more == "alpha" else good[key.replace("_A", "_B")].shape[0])
         save_file(good | {key.replace("lora_A.weight", more): extra}, tmp_path / WEIGHTS)
-        evaluate.check_loras({"1": tmp_path}, flags())
+        evaluate.check_loras({"1": tmp_path}, flags(seed=0))
     save_file({name.replace("lora_A", "lora.down").replace("lora_B", "lora.up"): value
                for name, value in good.items()}, tmp_path / WEIGHTS)
-    evaluate.check_loras({"1": tmp_path}, flags())
+    evaluate.check_loras({"1": tmp_path}, flags(seed=0))
     assert not (tmp_path / "base").exists()  # nothing was written
     (tmp_path / "args.json").write_text("{")
     ask = ask[:2] + ask[4:]  # without --concept
     assert "args.json: cannot be read" in refusal(lambda: evaluate.main(evaluate.arguments(ask)), capsys)
 
 
-def test_lora_that_cannot_be_written_to_is_refused_before_work(monkeypatch, capsys):
+def test_lora_that_cannot_be_written_to_is_refused_before_work(tmp_path, monkeypatch, capsys):
+    shutil.copy(ROOT / "emoji-flux" / "loras" / "cat" / WEIGHTS, tmp_path)
+    (tmp_path / "after").touch()
+    line = refusal(lambda: evaluate.check_loras({"1": tmp_path}, flags(seed=0)), capsys)
+    assert "after is no folder that can be written to" in line
     monkeypatch.setattr(sample.os, "access", lambda *_: False)
     cat = Path(EMOJI) / "loras" / "cat"
-    assert "that can be written to" in refusal(lambda: evaluate.check_loras(dict(a=cat), flags()), capsys)
+    line = refusal(lambda: evaluate.check_loras(dict(a=cat), flags(seed=0)), capsys)
+    assert "that can be written to" in line
 
 
 def test_pictures_without_any_mask_have_no_locality(tmp_path):
