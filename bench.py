@@ -19,8 +19,8 @@ import time
 import weakref
 from pathlib import Path
 
-from sample import (WEIGHT_BYTES, check_size, die, generate, guarded, load_denoiser, number, peak_memory,
-                    place, prompts_folder, stage, text_length)
+from sample import (WEIGHT_BYTES, check_size, die, generate, guarded, load_denoiser, model_flag, number,
+                    peak_memory, place, prompts_folder, stage, text_length)
 
 def arguments(given=None):
     raw = argparse.RawDescriptionHelpFormatter
@@ -29,8 +29,7 @@ def arguments(given=None):
     what = parser.add_mutually_exclusive_group(required=True)
     for flag in ("plan", "memory", "step", "proof"):
         what.add_argument(f"--{flag}", dest="work", action="store_const", const=flag)
-    parser.add_argument("--model", type=lambda name: Path(name).as_posix(),
-                        default="black-forest-labs/FLUX.1-dev", help="default %(default)s")
+    model_flag(parser.add_argument)
     parser.add_argument("--size", type=number(int), help="pixels a side (default: the VAE's sample_size)")
     parser.add_argument("--batch", type=number(int), default=1,
                         help="forget images a step, of --plan and --step (default 1)")

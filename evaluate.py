@@ -226,8 +226,8 @@ def own_files(files, said):
     folder = files[0].parent
     if (manifest := folder / "manifest.json").exists():
         try:
-            said_there = json.loads(manifest.read_text("utf-8-sig"))
-            listed = [(folder / row["file"], row["prompt"]) for row in said_there]
+            rows = json.loads(manifest.read_text("utf-8-sig"))
+            listed = [(folder / row["file"], row["prompt"]) for row in rows]
         except (OSError, ValueError, KeyError, TypeError):
             die(f"--images {manifest}: is no list of objects with file and prompt")
         if wrong := next((file for (file, mine), prompt in zip(listed, said) if mine != prompt), None):

@@ -69,7 +69,7 @@ def load_detector(name, device):
         model = AutoModelForZeroShotObjectDetection.from_pretrained(name, dtype=torch.float32)
         processor, config = AutoProcessor.from_pretrained(name), model.to(device).eval().config
     except (OSError, ValueError) as error:
-        raise OSError(f"--detector {name}: cannot be loaded: {str(error).partition(chr(10))[0]}") from error
+        raise OSError(f"--detector {name}: cannot be loaded: {error}") from error
     # GroundingDINO reads less than its text encoder could
     longest = getattr(config, "max_text_len", config.text_config.max_position_embeddings)
 

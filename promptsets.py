@@ -233,7 +233,7 @@ def plan_suite(suite, concept, forgotten, prompts_of, words, args):
 
     def unless_named(name, better, concepts):
         """None where its prompts name one of them: what changes there is then neither good nor bad."""
-        said = cycled(sets[name]["prompts"], sets[name]["n"]) if name in sets else []
+        said = sets[name]["prompts"][:sets[name]["n"]] if name in sets else []
         return None if any(mentions(prompt, concepts) for prompt in said) else better
 
     def unrelated_and_locality():

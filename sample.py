@@ -56,14 +56,18 @@ def number(kind=float, least=0.0, strict=True, most=sys.float_info.max):
     parse.__name__ = kind.__name__  # argparse then says "invalid float value: 'x'"
     return parse
 
+def model_flag(flag):
+    """flag: the add_argument of a parser or of a group, here and below."""
+    flag("--model", type=lambda name: Path(name).as_posix(), default="black-forest-labs/FLUX.1-dev",
+         help="a FluxPipeline: hub id or folder (default %(default)s)")
+
 def model_flags(doc, needs_concept=True, out="default out/MODEL-CONCEPT, with -SEED where it is not 0"):
     """A script's parser, with the flags that all of them share."""
     raw = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=36, width=110)
     parser = argparse.ArgumentParser(description=doc, usage="%(prog)s [flags]", formatter_class=raw)
     parser.error = die  # one line, without the usage
     flag = parser.add_argument
-    flag("--model", type=lambda name: Path(name).as_posix(), default="black-forest-labs/FLUX.1-dev",
-         help="a FluxPipeline: hub id or folder (default %(default)s)")
+    model_flag(flag)
     flag("--concept", nargs="+", action="extend", metavar="NAME", required=needs_concept,
          help="a prompt file's name; several: one LoRA forgets them all (D.2)" if needs_concept else
          "which of a LoRA's is asked about (default: its own)")
@@ -74,7 +78,6 @@ def model_flags(doc, needs_concept=True, out="default out/MODEL-CONCEPT, with -S
     return parser
 
 def drawing_flags(flag):
-    """flag: the add_argument of a parser or of a group, here and below."""
     flag("--quantize", choices=list(WEIGHT_BYTES), default="none",
          help="the frozen weights: int8 by torchao, nf4 by bitsandbytes (default none)")
     flag("--offload", action="store_true", help="they wait in main memory but for a layer at a time: slow")
@@ -634,7 +637,7 @@ def text_length(longest, transformer):
 
 def encode_prompts(prompts, args):
     """{prompt: (T5 states (T, E), pooled CLIP state (P,))} on the CPU; the encoders are freed on return.
-    A prompt that mentions minors only once put together, as pairs are, has passed the filter by its parts."""
+    What mentions minors only once put together, as pairs are, has passed the filter by its parts: refused."""
     if odd := sorted(prompt for prompt in prompts if MINORS.search(prompt)):
         die(f"{odd[0]}: mentions minors once put together: mend the concept's file", 1)
     pipe = FluxPipeline.from_pretrained(args.model, revision=args.weights, transformer=None, vae=None,

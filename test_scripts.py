@@ -96,8 +96,8 @@ def trained(tmp_path_factory):
 
 def flags(model=EMOJI, **more):
     """What encode_prompts, load_denoiser and check_model take."""
-    return Namespace(**dict(model=model, weights=None, device="cpu", dtype=torch.float32, quantize="none",
-                            offload=False) | more)
+    return Namespace(**dict(model=model, weights=None, seed=0, device="cpu", dtype=torch.float32,
+                            quantize="none", offload=False) | more)
 
 
 def scene_image(names, seed=0, **given):
@@ -352,7 +352,7 @@ def test_the_hubs_commit_that_was_checked_is_loaded(tmp_path, monkeypatch):
     (cache / "snapshots" / ("b" * 40)).mkdir()
     (main := cache / "refs" / "main").parent.mkdir()
     main.write_text("a" * 40)
-    args = flags("some/model", seed=0)
+    args = flags("some/model")
     args.size, args.weights = sample.check_model(args)
     assert args.weights == "a" * 40
     main.write_text("b" * 40)
@@ -1003,7 +1003,7 @@ def test_of_two_runs_that_share_a_set_and_begin_at_once_one_is_refused(tmp_path,
     folder.mkdir()
 
     def how(steps):
-        return folder, "cat", ["a cat"], 1, flags(seed=0, size=64, sample_batch=1, sample_steps=steps,
+        return folder, "cat", ["a cat"], 1, flags(size=64, sample_batch=1, sample_steps=steps,
                                                   sample_guidance=1.0)
 
     def other():
@@ -2501,10 +2501,10 @@ def test_corrupt_foreign_or_missing_lora_is_one_line(tmp_path, capsys):
     for more in ("lora_B.bias", "lora_magnitude_vector", "alpha"):  # what peft and others save besides
         extra = torch.ones(() if more == "alpha" else good[key.replace("_A", "_B")].shape[0])
         save_file(good | {key.replace("lora_A.weight", more): extra}, tmp_path / WEIGHTS)
-        evaluate.check_loras({"1": tmp_path}, flags(seed=0))
+        evaluate.check_loras({"1": tmp_path}, flags())
     save_file({name.replace("lora_A", "lora.down").replace("lora_B", "lora.up"): value
                for name, value in good.items()}, tmp_path / WEIGHTS)
-    evaluate.check_loras({"1": tmp_path}, flags(seed=0))
+    evaluate.check_loras({"1": tmp_path}, flags())
     assert not (tmp_path / "base").exists()  # nothing was written
     (tmp_path / "args.json").write_text("{")
     ask = ask[:2] + ask[4:]  # without --concept
@@ -2514,11 +2514,11 @@ def test_corrupt_foreign_or_missing_lora_is_one_line(tmp_path, capsys):
 def test_lora_that_cannot_be_written_to_is_refused_before_work(tmp_path, monkeypatch, capsys):
     shutil.copy(ROOT / "emoji-flux" / "loras" / "cat" / WEIGHTS, tmp_path)
     (tmp_path / "after").touch()
-    line = refusal(lambda: evaluate.check_loras({"1": tmp_path}, flags(seed=0)), capsys)
+    line = refusal(lambda: evaluate.check_loras({"1": tmp_path}, flags()), capsys)
     assert "after is no folder that can be written to" in line
     monkeypatch.setattr(sample.os, "access", lambda *_: False)
     cat = Path(EMOJI) / "loras" / "cat"
-    line = refusal(lambda: evaluate.check_loras(dict(a=cat), flags(seed=0)), capsys)
+    line = refusal(lambda: evaluate.check_loras(dict(a=cat), flags()), capsys)
     assert "that can be written to" in line
 
 

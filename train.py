@@ -331,9 +331,8 @@ def draw_before_after(pipe, embeds, groups, path, args, columns=6):
 def picture_groups(concepts):
     """What before_after.png shows, {title: prompts}: each concept alone, none of them, two at once."""
     groups = {concept["name"]: concept["eval"] for concept in concepts}
-    others = {key: [o for c in concepts for o in c[key] if not mentions(o, concepts)]
-              for key in ("neighbours", "unrelated")}
-    groups |= dict(neighbours=others["neighbours"], unrelated=others["unrelated"])
+    groups |= {key: [o for c in concepts for o in c[key] if not mentions(o, concepts)]
+               for key in ("neighbours", "unrelated")}
     bodies = [c for c in concepts if c["task"] != "style"]  # a style stands in no pair
     pairs = [[f"{c['concept'][0]} and {o}" for o in c["unrelated"] + c["unseen"] if not mentions(o, concepts)]
              for c in bodies]  # each beside what its own file names
