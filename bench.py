@@ -141,6 +141,28 @@ def predict(batch, tokens, texts, backward=False):
         return v.float().square().mean().backward() if backward else v
     return work
 
+def flux(model, rank, **changed):
+    network = build("transformer", config_of(model, "transformer"), **changed)
+    if rank:  # else without a LoRA
+        train.add_lora(network, rank, 0)
+    return network
+
+@functools.cache
+def watch_blocks(model, double, single, rank, dtype, *given, checkpointing=False):
+    """watch() of predict(*given) by the transformer with so many blocks of each kind."""
+    network = flux(model, rank, num_layers=double, num_single_layers=single)
+    if checkpointing:
+        network.enable_gradient_checkpointing()
+    return watch(network, predict(*given), dtype)
+
+def watch_all(model, *given, **more):
+    """The same of all blocks. Those of a kind are alike: each further one adds what the second does."""
+    network = flux(model, 0)
+    counts = len(network.transformer_blocks), len(network.single_transformer_blocks)
+    one, *two = (watch_blocks(model, *blocks, *given, **more) for blocks in ((1, 1), (2, 1), (1, 2)))
+    return [first + sum((n - 1) * (second - first) for n, second in zip(counts, seconds))
+            for first, *seconds in zip(one, *two)]
+
 def call(method, *shape, dtype=None):
     """What watch() runs of the other networks, which have no graph."""
     return lambda network: getattr(network, method)(
@@ -160,7 +182,7 @@ def plan_masks(model):
     most, _, flop = watch(sam.requires_grad_(False), call("image_encoder", 1, 3, side, side), torch.float32)
     return 4 * sum(p.numel() for p in sam.parameters()) + most, flop
 
-@functools.cache  # for FLUX.1-dev it takes 15 s
+@functools.cache
 def plan(model, size, dtype, batch, sample_batch, rank=4, texts=None, states=3.5, device="cuda"):
     """-> {stage: {how: bytes}}, {unit of work: FLOP}, (LoRA's modules, tensors, parameters), all parameters.
 
@@ -176,12 +198,7 @@ def plan(model, size, dtype, batch, sample_batch, rank=4, texts=None, states=3.5
     side = size // 2 ** (len(vae.config.block_out_channels) - 1)  # latent cells
     tokens, texts, B = side * side // 4, texts or tokens_of(model), 2 * batch
 
-    def flux(**changed):
-        network = build("transformer", config_of(model, "transformer"), **changed)
-        train.add_lora(network, rank, 0)
-        return network
-
-    tuned = flux()
+    tuned = flux(model, rank)
     lora = [p.numel() for p in tuned.parameters() if p.requires_grad]
     linears = [m.weight.numel() for m in tuned.modules() if isinstance(m, torch.nn.Linear)]
     blocks = [sum(p.numel() for p in kind[0].parameters())
@@ -190,13 +207,11 @@ def plan(model, size, dtype, batch, sample_batch, rank=4, texts=None, states=3.5
     latents = sample_batch, vae.config.latent_channels, side, side
     decoded, _, decode_flop = watch(vae, call("decode", *latents), dtype, device)
     encoded, _, encode_flop = watch(vae, call("encode", 1, 3, size, size), dtype, device)
-    drawn, _, flop = watch(networks["transformer"], predict(sample_batch, tokens, texts), dtype)
-    plain = watch(tuned, predict(B, tokens, texts, True), dtype)[0]
+    drawn, _, flop = watch_all(model, 0, dtype, sample_batch, tokens, texts)
+    plain, _, _ = watch_all(model, rank, dtype, B, tokens, texts, True)
     # with checkpointing: what all blocks are given, and within one block at a time
-    tuned.enable_gradient_checkpointing()
-    given = watch(tuned, predict(B, tokens, texts), dtype)[1]
-    within = max(watch(flux(num_layers=k, num_single_layers=1 - k), predict(B, tokens, texts, True), dtype)[0]
-                 for k in (0, 1))
+    _, given, _ = watch_all(model, rank, dtype, B, tokens, texts, checkpointing=True)
+    within = max(watch_blocks(model, k, 1 - k, rank, dtype, B, tokens, texts, True)[0] for k in (0, 1))
     whole, block, layer = (n * dtype.itemsize for n in (numel["transformer"], max(blocks), max(linears)))
     found = {name: {} for name in ("prompts", "sample", SAM, "latents", "train", "train --checkpointing")}
     for how in (*WEIGHT_BYTES, "offload"):
