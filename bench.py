@@ -142,8 +142,9 @@ def predict(batch, tokens, texts, backward=False):
     return work
 
 def flux(model, rank, **changed):
+    """The transformer on the meta device; rank 0: without a LoRA."""
     network = build("transformer", config_of(model, "transformer"), **changed)
-    if rank:  # else without a LoRA
+    if rank:
         train.add_lora(network, rank, 0)
     return network
 
@@ -156,7 +157,8 @@ def watch_blocks(model, double, single, rank, dtype, *given, checkpointing=False
     return watch(network, predict(*given), dtype)
 
 def watch_all(model, *given, **more):
-    """The same of all blocks. Those of a kind are alike: each further one adds what the second does."""
+    """The same of all blocks. Those of a kind are alike: each further one adds what the second does (but not
+    to the peak with checkpointing, which is that of one block)."""
     network = flux(model, 0)
     counts = len(network.transformer_blocks), len(network.single_transformer_blocks)
     one, *two = (watch_blocks(model, *blocks, *given, **more) for blocks in ((1, 1), (2, 1), (1, 2)))

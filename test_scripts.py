@@ -1,6 +1,6 @@
 """The scripts, run on emoji-flux: what they leave, what they refuse, how they go on after a kill.
 
-    pytest test_scripts.py          some three minutes on two cores
+    pytest test_scripts.py          some three minutes on two cores, one of them for the long tests below
 """
 import contextlib
 import csv
@@ -58,14 +58,14 @@ gc.freeze()  # what the imports left need not be searched at the end of each sta
 SMALL = ("--n-forget 10 --n-preserve 2 --sample-steps 2 --steps 12 --checkpoint-every 5 --optimizer adamw "
          "--min-found 0.2 --sample-batch 2 --batch 2").split()
 WEIGHTS = "pytorch_lora_weights.safetensors"
-CHILDREN = multiprocessing.get_context("forkserver")  # processes of their own, without the imports' ten seconds
+CHILDREN = multiprocessing.get_context("forkserver")  # processes that need not import anew, 10 s a time
 CHILDREN.set_forkserver_preload(["test_scripts"])
 BESIDE = {}  # tests that run in such a process, one after the other, beside the rest
-torch.set_num_threads(1)  # as fast at this size, and the second core is theirs
+torch.set_num_threads(1)  # as fast at this size, and leaves a core to those
 
 
 def beside(test):
-    """A long test(trained, folder) that runs in another process meanwhile; pytest's only waits for its end."""
+    """A long test(trained, folder) that runs in another process meanwhile; pytest's waits for its end."""
     BESIDE[test.__name__] = test
     return lambda begun: begun[test.__name__].result()
 
