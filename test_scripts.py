@@ -107,13 +107,11 @@ def drawn_cats(out, preserve=None):
     return out
 
 
-def refusal(call, capsys=None, code=2):
+def refusal(call, code=2):
     """The one line on stderr with which a call exits."""
     with contextlib.redirect_stderr(io.StringIO()) as said, pytest.raises(SystemExit) as stop:
         call()
     lines = said.getvalue().strip().splitlines()
-    if capsys:
-        capsys.readouterr()  # what was printed before is nobody's any more
     said = [line for line in lines if line.startswith("error: ")]
     assert stop.value.code == code, lines
     assert len(said) == 1, lines
@@ -200,9 +198,9 @@ def test_help_answers_at_once(script):
     ("--concept ..", "--concept ..:"),
     ("--concept dog --prompts LICENSE", "those of one --concept"),
     ("--concept cat robot --steps 1", "--steps 1: below the 2"), ("--previous-checkpoint", "there is no")])
-def test_bad_input_is_one_line_and_writes_nothing(given, named, tmp_path, capsys, monkeypatch):
+def test_bad_input_is_one_line_and_writes_nothing(given, named, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    line = refusal(lambda: run_train(tmp_path / "out", *given.split()), capsys)
+    line = refusal(lambda: run_train(tmp_path / "out", *given.split()))
     assert named in line
     assert not (tmp_path / "out").exists()
 
@@ -218,9 +216,9 @@ def test_interrupt_during_the_imports_is_quiet():
     assert working.communicate()[1] == "" and working.returncode == 130
 
 
-def test_two_runs_in_one_folder_are_refused(trained, capsys):
+def test_two_runs_in_one_folder_are_refused(trained):
     with sample.lock(trained):
-        assert "another run is at work" in refusal(lambda: run_train(trained, "--save-every", "6"), capsys)
+        assert "another run is at work" in refusal(lambda: run_train(trained, "--save-every", "6"))
 
 
 NO_MEMORY = "error: out of memory; python bench.py --plan says"
@@ -234,11 +232,11 @@ NO_MEMORY = "error: out of memory; python bench.py --plan says"
     (RuntimeError("MPS backend out of memory (MPS allocated)"), NO_MEMORY),
     (OSError("No space left"), "error: No space left; what is"),
     (KeyError("scale"), "'scale' (KeyError, test_scripts.py:")])
-def test_whatever_goes_wrong_in_work_is_one_line(error, said, capsys):
+def test_whatever_goes_wrong_in_work_is_one_line(error, said):
     def work(args):
         raise error
 
-    assert said in refusal(lambda: sample.guarded(work, mask.arguments(["--concept", "cat"])), capsys, 1)
+    assert said in refusal(lambda: sample.guarded(work, mask.arguments(["--concept", "cat"])), 1)
 
 
 def test_prompts_that_the_tokenizer_cuts_are_named(caplog):
@@ -250,7 +248,7 @@ def test_infinite_tau_is_legal():
     assert train.arguments(["--concept", "cat", "--tau", "inf"]).tau == math.inf
 
 
-def test_gated_model_asks_for_its_licence(monkeypatch, capsys):
+def test_gated_model_asks_for_its_licence(monkeypatch):
     class Hub:
         def model_info(self, *_, **__):
             return Namespace(siblings=[])
@@ -259,7 +257,7 @@ def test_gated_model_asks_for_its_licence(monkeypatch, capsys):
             raise sample.GatedRepoError("403", response=Namespace(headers={}, request=None, status_code=403))
 
     monkeypatch.setattr(sample, "HfApi", Hub)
-    line = refusal(lambda: sample.check_model(flags("black-forest-labs/FLUX.1-dev")), capsys)
+    line = refusal(lambda: sample.check_model(flags("black-forest-labs/FLUX.1-dev")))
     assert "licence" in line and "hf auth login" in line
 
 
@@ -269,7 +267,7 @@ def test_gated_model_asks_for_its_licence(monkeypatch, capsys):
     (["--quantize", "int8"], 13, None), (["--quantize", "int8"], 12, "12.12 GiB; cpu has 12.00 GiB free"),
     (["--device", "cuda"], 30, "24.00 GiB, 12.12 with --quantize int8, 6.84 with --quantize nf4; cuda"),
     (["--device", "cuda", "--offload"], 30, None), (["--device", "cuda", "--offload"], 20, "24.00 GiB")])
-def test_model_on_the_hub_is_weighed_by_its_files(extra, free, refused, monkeypatch, capsys):
+def test_model_on_the_hub_is_weighed_by_its_files(extra, free, refused, monkeypatch):
     sizes = {"flux1-dev.safetensors": 24,  # it is not downloaded
              "vae/diffusion_pytorch_model.safetensors": 0.2, "transformer/config.json": 99,
              "text_encoder_2/model-00001-of-00002.safetensors": 5,
@@ -285,14 +283,14 @@ def test_model_on_the_hub_is_weighed_by_its_files(extra, free, refused, monkeypa
     args = sample.arguments(["--concept", "cat", "--dtype", "bfloat16", "--device", "cpu", *extra])
     args.dtype = getattr(torch, args.dtype)
     if refused:
-        assert f"its transformer needs {refused}" in refusal(lambda: sample.check_model(args), capsys)
+        assert f"its transformer needs {refused}" in refusal(lambda: sample.check_model(args))
     else:
         assert sample.check_model(args) == (64, "abc")
 
 
 @pytest.mark.parametrize("broken", [
     "transformer", "text_encoder_2", "vae/config.json", "cut short", "shards"])
-def test_model_with_a_missing_part_is_refused_before_work(broken, tmp_path, monkeypatch, capsys):
+def test_model_with_a_missing_part_is_refused_before_work(broken, tmp_path, monkeypatch):
     shutil.copytree(EMOJI, folder := tmp_path / "model", ignore=shutil.ignore_patterns("loras"))
     weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
     if broken == "cut short":
@@ -304,12 +302,12 @@ def test_model_with_a_missing_part_is_refused_before_work(broken, tmp_path, monk
         (folder / broken).write_text("{")
     else:
         shutil.rmtree(folder / broken)
-    line = refusal(lambda: sample.check_model(flags(str(folder))), capsys)
+    line = refusal(lambda: sample.check_model(flags(str(folder))))
     named = {"cut short": weights.name, "shards": "second.safetensors"}.get(broken, broken)
     assert "is missing or cannot be read" in line and named in line
     monkeypatch.setattr(sample, "snapshot_download", lambda *_, **__: folder)  # an interrupted download
     monkeypatch.setattr(sample, "HfApi", lambda: Namespace(model_info=lambda *_, **__: 1 / 0))
-    line = refusal(lambda: sample.check_model(flags("some/model")), capsys)
+    line = refusal(lambda: sample.check_model(flags("some/model")))
     assert "the hub cannot be reached" in line and "not cached whole" in line and named in line
 
 
@@ -368,21 +366,21 @@ def test_fewer_images_are_whole_groups_and_a_concept_has_its_steps():
     assert (args.steps, args.n_forget, row["lambda_prior"], row["tau"]) == (7, 30, 1, 0.1)
 
 
-def test_too_large_a_model_is_refused_with_both_figures(monkeypatch, capsys):
+def test_too_large_a_model_is_refused_with_both_figures(monkeypatch):
     monkeypatch.setattr(sample.psutil, "virtual_memory", lambda: Namespace(available=2**20))
-    line = refusal(lambda: sample.check_model(flags(EMOJI)), capsys)
+    line = refusal(lambda: sample.check_model(flags(EMOJI)))
     assert "its transformer needs 0.02 GiB" in line and "0.00 GiB free" in line
     assert "GiB, 0.00 with --quantize int8; cpu has" in line and "nf4" not in line
-    line = refusal(lambda: sample.check_model(flags(EMOJI, quantize="int8")), capsys)
+    line = refusal(lambda: sample.check_model(flags(EMOJI, quantize="int8")))
     assert "its transformer needs 0.00 GiB; cpu has" in line  # it is as small as it gets
 
 
-def test_weights_are_counted_whatever_dtype_they_are_kept_in(tmp_path, monkeypatch, capsys):
+def test_weights_are_counted_whatever_dtype_they_are_kept_in(tmp_path, monkeypatch):
     shutil.copytree(ROOT / "emoji-flux", tmp_path / "whole", ignore=shutil.ignore_patterns("loras"))
     path, = (tmp_path / "whole" / "transformer").glob("*.safetensors")
     save_file({key: value.float() for key, value in load_file(path).items()}, path)
     monkeypatch.setattr(sample.psutil, "virtual_memory", lambda: Namespace(available=2**20))
-    line = refusal(lambda: sample.check_model(flags(str(tmp_path / "whole"))), capsys)
+    line = refusal(lambda: sample.check_model(flags(str(tmp_path / "whole"))))
     assert "its transformer needs 0.02 GiB, 0.00 with" in line  # as of emoji-flux, which is in bfloat16
 
 
@@ -401,20 +399,20 @@ def test_cudnns_attention_and_tf32_are_off(tmp_path):
     assert not torch.backends.cuda.cudnn_sdp_enabled() and not torch.backends.cudnn.allow_tf32
 
 
-def test_nf4_is_refused_with_offload(monkeypatch, capsys):
+def test_nf4_is_refused_with_offload(monkeypatch):
     """bitsandbytes' weights lose their scales on the way to main memory and back."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(sample, "PartialState", lambda **_: None)
     given = ["--model", EMOJI, "--concept", "cat", "--quantize", "nf4", "--device", "cuda", "--offload"]
-    assert "--offload goes without it" in refusal(lambda: sample.setup(sample.arguments(given)), capsys)
+    assert "--offload goes without it" in refusal(lambda: sample.setup(sample.arguments(given)))
 
 
-def test_a_gpu_without_bfloat16_is_refused(monkeypatch, capsys):
+def test_a_gpu_without_bfloat16_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
     monkeypatch.setattr(sample, "PartialState", lambda **_: None)
     given = ["--model", EMOJI, "--concept", "cat", "--device", "cuda"]
-    assert "--dtype float32" in refusal(lambda: sample.setup(sample.arguments(given)), capsys)
+    assert "--dtype float32" in refusal(lambda: sample.setup(sample.arguments(given)))
 
 
 @pytest.mark.parametrize("model", [EMOJI, "none"])
@@ -456,7 +454,7 @@ def test_table_1s_other_two_are_not_preserved(category):
     ("detect:", "concept: a dog\ndetect:", "has concept: twice"),
     ("unrelated: ", "unrelated: young cats, ", "minors once put together: a very young cats"),
     ("unrelated: ", "unrelated: Son Heung-min, ", "minors once put together: a cat and Son Heung-min")])
-def test_prompt_file_with_a_mistake_is_refused(old, new, named, tmp_path, capsys):
+def test_prompt_file_with_a_mistake_is_refused(old, new, named, tmp_path):
     (tmp_path / "prompts").mkdir()
     text = (ROOT / "emoji-flux" / "prompts" / "cat.txt").read_text()
     comma = text.replace("a house\n", "a house,\n", 1)
@@ -467,7 +465,7 @@ def test_prompt_file_with_a_mistake_is_refused(old, new, named, tmp_path, capsys
     assert concept["task"] == "object" and concept["unrelated"][-1] == "a house"
     text = text.replace("[preserve]", "[preserve]\na very {}")  # none of both mentions minors
     (tmp_path / "prompts" / "cat.txt").write_text(text.replace(old, new, 1))
-    assert named in refusal(lambda: sample.load_concept(tmp_path, "cat"), capsys)
+    assert named in refusal(lambda: sample.load_concept(tmp_path, "cat"))
 
 
 def test_phrase_mentions_a_concept_by_any_of_its_words():
@@ -607,21 +605,21 @@ def test_mask_of_a_style_is_the_whole_frame(tmp_path):
     assert all(filled)
 
 
-def test_images_without_the_concept_are_dropped_and_too_few_is_refused(tmp_path, capsys):
+def test_images_without_the_concept_are_dropped_and_too_few_is_refused(tmp_path):
     files = []
     for i, name in enumerate(["cat", "pizza", "truck"]):
         files.append(tmp_path / f"{i:03}.png")
         scene_image([name], background="gray")[0].save(files[-1])
     cat = sample.load_concept(EMOJI, "cat")
     assert mask.make_masks(files, cat, mask_args(tmp_path, min_found=0.3)) == files[:1]
-    line = refusal(lambda: mask.make_masks(files, cat, mask_args(tmp_path)), capsys, 1)
+    line = refusal(lambda: mask.make_masks(files, cat, mask_args(tmp_path)), 1)
     assert "2 of 3" in line
     other = mask_args(tmp_path, threshold=0.3)  # masks made with another threshold are not reused
-    assert "threshold = 0.2, not 0.3" in refusal(lambda: mask.make_masks(files, cat, other), capsys)
+    assert "threshold = 0.2, not 0.3" in refusal(lambda: mask.make_masks(files, cat, other))
     Image.new("L", (32, 32), 255).save(files[0].with_suffix(".mask.png"))
-    assert "32" in refusal(lambda: mask.make_masks(files, cat, mask_args(tmp_path)), capsys, 1)
+    assert "32" in refusal(lambda: mask.make_masks(files, cat, mask_args(tmp_path)), 1)
     files[1].write_bytes(b"not a picture")
-    assert "001.png" in refusal(lambda: mask.make_masks(files, cat, mask_args(tmp_path)), capsys, 1)
+    assert "001.png" in refusal(lambda: mask.make_masks(files, cat, mask_args(tmp_path)), 1)
 
 
 def test_sam_checkpoint_tells_its_own_architecture():
@@ -654,15 +652,14 @@ def test_grounding_dino_goes_through_the_same_code(tmp_path):
 
 
 @pytest.mark.parametrize("content", [dict(weight=torch.zeros(3)), [1], None])
-def test_foreign_sam_is_one_line(tmp_path, capsys, content):
+def test_foreign_sam_is_one_line(tmp_path, content):
     if content is None:
         (tmp_path / "sam.pth").write_bytes(b"")
     else:
         torch.save(content, tmp_path / "sam.pth")
     cat, image = sample.load_concept(EMOJI, "cat"), scene_image(["cat"])[0]
     foreign = mask_args(tmp_path, sam=str(tmp_path / "sam.pth"))
-    line = refusal(lambda: mask.guarded(lambda args: list(mask.find_masks([image], cat, args)), foreign),
-                   capsys, 1)
+    line = refusal(lambda: mask.guarded(lambda args: list(mask.find_masks([image], cat, args)), foreign), 1)
     assert "holds no SAM" in line
 
 
@@ -672,10 +669,10 @@ def test_words_too_long_for_the_detector_are_named(tmp_path):
         list(mask.find_masks([image], cat | dict(detect=["a cat " * 12]), mask_args(tmp_path)))
 
 
-def test_nudity_masks_without_nudenet_say_how_to_get_it(monkeypatch, capsys):
+def test_nudity_masks_without_nudenet_say_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "nudenet", None)
     flags = mask.arguments(["--concept", "nudity", "--device", "cpu"])
-    assert "pip install nudenet" in refusal(lambda: sample.setup(flags), capsys)
+    assert "pip install nudenet" in refusal(lambda: sample.setup(flags))
 
 
 def test_nudity_masks_are_nudenets_exposed_boxes(monkeypatch):
@@ -705,11 +702,11 @@ def test_hazard_masks_are_rectangles(tmp_path):
 
 
 @pytest.mark.parametrize("key", ["detector", "sam", "weights"])
-def test_masks_of_another_network_are_refused(key, tmp_path, capsys):
+def test_masks_of_another_network_are_refused(key, tmp_path):
     cat = sample.load_concept(EMOJI, "cat")
     mask.keep_settings(tmp_path / "masks.json", mask.check_masks(tmp_path, cat, mask_args(tmp_path))[0])
     other = mask_args(tmp_path, **{key: "other"})
-    assert f"{key} = " in refusal(lambda: mask.check_masks(tmp_path, cat, other), capsys)
+    assert f"{key} = " in refusal(lambda: mask.check_masks(tmp_path, cat, other))
 
 
 def test_sample_and_mask_as_scripts(tmp_path):
@@ -726,13 +723,13 @@ def test_sample_and_mask_as_scripts(tmp_path):
     assert files_of_the_model() == there
 
 
-def test_masks_of_no_concept_are_made_where_one_is_refused(tmp_path, capsys):
+def test_masks_of_no_concept_are_made_where_one_is_refused(tmp_path):
     for name in ("cat", "dog"):
         draw(tmp_path / "forget" / name, 1, name)
     given = ["--model", EMOJI, "--out", str(tmp_path)]
     mask.main(mask.arguments([*given, "--concept", "dog", "--threshold", "0.3"]))
     both = mask.arguments([*given, "--concept", "cat", "dog"])
-    assert "threshold = 0.3, not 0.2" in refusal(lambda: mask.main(both), capsys)
+    assert "threshold = 0.3, not 0.2" in refusal(lambda: mask.main(both))
     assert not list((tmp_path / "forget" / "cat").glob("*.mask.png"))
 
 
@@ -762,13 +759,13 @@ def test_of_an_animation_the_first(tmp_path):
     assert sample.open_image(tmp_path / "a.gif").getpixel((0, 0))[0] > 200
 
 
-def test_every_generation_passes_the_filter(tmp_path, capsys):
+def test_every_generation_passes_the_filter(tmp_path):
     """A prompt file's lines when it is read, and all there are when they are encoded."""
     (tmp_path / "prompts").mkdir()
     text = (ROOT / "emoji-flux" / "prompts" / "cat.txt").read_text()
     (tmp_path / "prompts" / "cat.txt").write_text(text.replace("[train]\n", "[train]\na girl with a cat\n"))
     assert "a girl with a cat" not in sample.load_concept(tmp_path, "cat")["train"]
-    line = refusal(lambda: sample.encode_prompts(["a cat", "a girl"], flags()), capsys, 1)
+    line = refusal(lambda: sample.encode_prompts(["a cat", "a girl"], flags()), 1)
     assert "a girl: mentions minors" in line
 
 
@@ -792,9 +789,9 @@ def test_models_folder_may_end_in_a_slash(given, name):
     assert sample.arguments(["--concept", "cat", "--model", given]).model == name
 
 
-def test_what_runs_here_is_found_from_elsewhere(tmp_path, monkeypatch, capsys):
+def test_what_runs_here_is_found_from_elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    line = refusal(lambda: sample.check_model(flags(str(tmp_path))), capsys)
+    line = refusal(lambda: sample.check_model(flags(str(tmp_path))))
     script, model = re.search(r"python (\S+) --model (\S+) --concept cat", line).groups()
     assert Path(script).samefile(ROOT / "train.py") and Path(model).samefile(EMOJI)
 
@@ -870,20 +867,20 @@ def test_flow_made_anew_drops_what_was_distilled_from_the_old(tmp_path, monkeypa
         assert {f.name for f in work.iterdir()} == left
 
 
-def test_readme_that_is_no_card_stays(tmp_path, capsys):
+def test_readme_that_is_no_card_stays(tmp_path):
     (tmp_path / "README.md").write_text("my notes")
-    assert "holds a README.md" in refusal(lambda: run_train(tmp_path), capsys)
+    assert "holds a README.md" in refusal(lambda: run_train(tmp_path))
     assert [f.name for f in tmp_path.iterdir()] == ["README.md"]
 
 
-def test_images_of_other_settings_are_refused(tmp_path, capsys):
+def test_images_of_other_settings_are_refused(tmp_path):
     def check(**more):
         return sample.check_set(tmp_path, "c", ["a"], 3, Namespace(**SETTINGS | more))
 
     sample.keep_settings(tmp_path / "settings.json", check())
     for key, value in dict(dtype=torch.bfloat16, quantize="int8", sample_steps=4, sample_batch=1, weights="x",
                            sample_guidance=1.0, seed=1, size=32).items():
-        assert f" {key} = " in refusal(lambda: check(**{key: value}), capsys)
+        assert f" {key} = " in refusal(lambda: check(**{key: value}))
     assert check(model="/elsewhere/m/")["weights"] == ""  # which tells them apart, wherever they lie
 
 
@@ -965,7 +962,7 @@ def check_restart(uninterrupted, out, function, time):
         assert (out / name).read_bytes() == (uninterrupted / name).read_bytes(), name
 
 
-def test_of_two_runs_that_share_a_set_and_begin_at_once_one_is_refused(tmp_path, capsys):
+def test_of_two_runs_that_share_a_set_and_begin_at_once_one_is_refused(tmp_path):
     folder, begun = tmp_path / "cat", threading.Event()
     folder.mkdir()
 
@@ -983,25 +980,25 @@ def test_of_two_runs_that_share_a_set_and_begin_at_once_one_is_refused(tmp_path,
     thread = threading.Thread(target=other)
     thread.start()
     begun.wait()
-    line = refusal(lambda: sample.sample_set(lambda: 1 / 0, {}, *how(4)), capsys)
+    line = refusal(lambda: sample.sample_set(lambda: 1 / 0, {}, *how(4)))
     thread.join()
     assert "sample_steps = 6, not 4" in line
 
 
 def test_refusal_is_said_by_one_process_of_a_launch_and_whoever_else_sets_rank(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
-    assert refusal(lambda: sample.die("no"), capsys) == "error: no"
+    assert refusal(lambda: sample.die("no")) == "error: no"
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(SystemExit):
         sample.die("no")
     assert not capsys.readouterr().err
 
 
-def test_end_of_another_process_is_said_in_words(capsys):
+def test_end_of_another_process_is_said_in_words():
     def main(args):
         raise RuntimeError("[/pytorch/third_party/gloo/pair.cc:561] Connection closed by peer")
 
-    assert "another process has ended" in refusal(lambda: sample.guarded(main, Namespace()), capsys, 1)
+    assert "another process has ended" in refusal(lambda: sample.guarded(main, Namespace()), 1)
 
 
 def test_build_keeps_its_tokenizers_and_refuses_a_checkpoint_of_another_kind(tmp_path, monkeypatch):
@@ -1019,15 +1016,15 @@ def test_build_keeps_its_tokenizers_and_refuses_a_checkpoint_of_another_kind(tmp
         build.fit("x", torch.nn.Linear(2, 2), None, 3, args, 1e-3)
 
 
-def test_terminated_work_is_one_line(capsys):
+def test_terminated_work_is_one_line():
     def main(args):
         signal.raise_signal(signal.SIGTERM)
 
-    line = refusal(lambda: sample.guarded(main, None), capsys, 143)
+    line = refusal(lambda: sample.guarded(main, None), 143)
     assert "terminated" in line and "the same command goes on" in line
 
 
-def test_error_is_the_last_word_though_a_signal_follows(capsys):
+def test_error_is_the_last_word_though_a_signal_follows():
     """accelerate launch terminates the others when one process has died, at times after their own line."""
     def main(args):
         try:
@@ -1035,12 +1032,12 @@ def test_error_is_the_last_word_though_a_signal_follows(capsys):
         finally:
             signal.raise_signal(signal.SIGTERM)
 
-    assert "a connection is lost" in refusal(lambda: sample.guarded(main, None), capsys, 1)
+    assert "a connection is lost" in refusal(lambda: sample.guarded(main, None), 1)
 
 
-def test_weights_without_bound_are_not_saved(trained, tmp_path, capsys):
+def test_weights_without_bound_are_not_saved(trained, tmp_path):
     out = drawn_cats(tmp_path / "cat", trained / "preserve")
-    line = refusal(lambda: run_train(out, "--lr", "1e25", "--checkpoint-every", "1"), capsys, 1)
+    line = refusal(lambda: run_train(out, "--lr", "1e25", "--checkpoint-every", "1"), 1)
     assert "of the LoRA inf; nothing was saved yet" in line and not (out / WEIGHTS).exists()
 
 
@@ -1063,7 +1060,7 @@ def test_pictures_are_drawn_no_more_at_once_than_the_sets(tmp_path, monkeypatch)
     assert cells == list(range(0, 120, 10))
 
 
-def test_nan_stops_and_keeps_the_last_good_state(trained, tmp_path, monkeypatch, capsys):
+def test_nan_stops_and_keeps_the_last_good_state(trained, tmp_path, monkeypatch):
     whole = train.iteration
     calls = []
 
@@ -1074,12 +1071,12 @@ def test_nan_stops_and_keeps_the_last_good_state(trained, tmp_path, monkeypatch,
 
     monkeypatch.setattr(train, "iteration", broken)
     out = drawn_cats(tmp_path / "cat", trained / "preserve")
-    assert "step 7" in refusal(lambda: run_train(out), capsys, 1)
+    assert "step 7" in refusal(lambda: run_train(out), 1)
     assert torch.load(tmp_path / "cat" / "checkpoint.pt", weights_only=True)["step"] == 5
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut short", "foreign", "another run's"])
-def test_checkpoint_that_is_cut_short_or_foreign_is_refused(trained, tmp_path, capsys, content):
+def test_checkpoint_that_is_cut_short_or_foreign_is_refused(trained, tmp_path, content):
     shutil.copytree(trained, out := tmp_path / "cat")
     (out / WEIGHTS).unlink()
     state = torch.load(out / "checkpoint.pt", weights_only=True)
@@ -1090,46 +1087,46 @@ def test_checkpoint_that_is_cut_short_or_foreign_is_refused(trained, tmp_path, c
     else:
         (out / "checkpoint.pt").write_bytes(content)
     before = (out / "checkpoint.pt").read_bytes()
-    line = refusal(lambda: run_train(out, "--save-every", "6"), capsys, 1)
+    line = refusal(lambda: run_train(out, "--save-every", "6"), 1)
     assert "checkpoint.pt: cannot be read" in line
     if content == "foreign":
         shutil.copy(out / "checkpoint.pt", out / "checkpoint-previous.pt")
         shutil.copy(trained / "checkpoint.pt", good := out / "checkpoint.pt")
-        line = refusal(lambda: run_train(out, "--save-every", "6", "--previous-checkpoint"), capsys, 1)
+        line = refusal(lambda: run_train(out, "--save-every", "6", "--previous-checkpoint"), 1)
         assert "leave --previous-checkpoint out" in line
         before = good.read_bytes()
     assert (out / "checkpoint.pt").read_bytes() == before and not (out / WEIGHTS).exists()
 
 
-def test_checkpoint_without_its_settings_is_refused(trained, tmp_path, capsys):
+def test_checkpoint_without_its_settings_is_refused(trained, tmp_path):
     shutil.copytree(trained, out := tmp_path / "cat")
     (out / "checkpoint.pt").unlink()
-    line = refusal(lambda: run_train(out, "--save-every", "6", "--previous-checkpoint", "--eta", "5"), capsys)
+    line = refusal(lambda: run_train(out, "--save-every", "6", "--previous-checkpoint", "--eta", "5"))
     assert "eta = 1.0, not 5.0" in line
     (out / "args.json").unlink()
-    assert "no args.json" in refusal(lambda: run_train(out, "--save-every", "6"), capsys)
+    assert "no args.json" in refusal(lambda: run_train(out, "--save-every", "6"))
     shutil.copytree(ROOT / "emoji-flux" / "loras" / "cat", shipped := tmp_path / "shipped")
-    assert "made with" in refusal(lambda: run_train(shipped), capsys)  # it has no checkpoint
+    assert "made with" in refusal(lambda: run_train(shipped))  # it has no checkpoint
 
 
-def test_resumed_run_preserves_what_it_preserved(trained, monkeypatch, capsys):
+def test_resumed_run_preserves_what_it_preserved(trained, monkeypatch):
     known = sample.load_concept
     monkeypatch.setattr(sample, "load_concept", lambda *given: known(*given) | dict(neighbours=["a bear"]))
-    assert "made with preserved" in refusal(lambda: run_train(trained, "--save-every", "6"), capsys)
+    assert "made with preserved" in refusal(lambda: run_train(trained, "--save-every", "6"))
     monkeypatch.setattr(sample, "load_concept", lambda *given: known(*given) | dict(detect=["a pet"]))
-    assert "made with cat.detect" in refusal(lambda: run_train(trained, "--save-every", "6"), capsys)
+    assert "made with cat.detect" in refusal(lambda: run_train(trained, "--save-every", "6"))
 
 
-def test_changed_prompt_is_shown_and_another_count_named_by_its_flag(trained, monkeypatch, capsys):
+def test_changed_prompt_is_shown_and_another_count_named_by_its_flag(trained, monkeypatch):
     known = sample.load_concept
-    assert "made with steps = 12, not 14" in refusal(lambda: run_train(trained, "--steps", "14"), capsys)
+    assert "made with steps = 12, not 14" in refusal(lambda: run_train(trained, "--steps", "14"))
 
     def load(*given):
         concept = known(*given)
         return concept | dict(train=[*concept["train"][:-1], "a cat on a hat"])
 
     monkeypatch.setattr(sample, "load_concept", load)
-    line = refusal(lambda: run_train(trained, "--save-every", "6"), capsys)
+    line = refusal(lambda: run_train(trained, "--save-every", "6"))
     assert "not ['a cat on a hat']: use another --out" in line and "delete" not in line
 
 
@@ -1141,24 +1138,24 @@ def test_log_that_is_lost_is_written_again(trained, tmp_path):
     assert (out / WEIGHTS).stat().st_mode == (out / "log.csv").stat().st_mode  # others may read it, too
 
 
-def test_checkpoint_before_the_last_is_used_only_if_asked_for(trained, tmp_path, capsys):
+def test_checkpoint_before_the_last_is_used_only_if_asked_for(trained, tmp_path):
     shutil.copytree(trained, out := tmp_path / "cat")
     wanted = (out / WEIGHTS).read_bytes()
     (out / "checkpoint.pt").write_bytes(b"PK cut short")
     (out / WEIGHTS).unlink()
-    line = refusal(lambda: run_train(out, "--save-every", "6"), capsys, 1)
+    line = refusal(lambda: run_train(out, "--save-every", "6"), 1)
     assert "--previous-checkpoint" in line and not (out / WEIGHTS).exists()
     run_train(out, "--save-every", "6", "--previous-checkpoint")
     assert (out / WEIGHTS).read_bytes() == wanted
     assert torch.load(out / "checkpoint-previous.pt", weights_only=True)["step"] == 10
 
 
-def test_corrupt_image_is_named(trained, tmp_path, capsys):
+def test_corrupt_image_is_named(trained, tmp_path):
     out = tmp_path / "cat"
     shutil.copytree(trained, out)
     picture = next((out / "preserve").glob("*/000.png"))
     picture.write_bytes(picture.read_bytes()[:100])
-    assert str(picture) in refusal(lambda: run_train(out, "--save-every", "6"), capsys, 1)
+    assert str(picture) in refusal(lambda: run_train(out, "--save-every", "6"), 1)
 
 
 def train_with_small_files(out, said):
@@ -1179,18 +1176,18 @@ def test_full_disk_is_one_line_and_leaves_no_half_file(trained, tmp_path):
     assert not (out / "checkpoint.pt").exists() and not list(out.rglob("*.tmp"))
 
 
-def test_folder_of_other_settings_is_refused(trained, capsys):
-    assert "eta = 1.0, not 2.0" in refusal(lambda: run_train(trained, "--eta", "2"), capsys)
+def test_folder_of_other_settings_is_refused(trained):
+    assert "eta = 1.0, not 2.0" in refusal(lambda: run_train(trained, "--eta", "2"))
 
 
-def test_kept_loras_of_other_settings_are_not_mixed_with_ours(trained, tmp_path, capsys):
+def test_kept_loras_of_other_settings_are_not_mixed_with_ours(trained, tmp_path):
     out = drawn_cats(tmp_path / "cat")  # of a run that died before its first checkpoint
     shutil.copytree(trained / "step-6", out / "step-6")
     shutil.copy(trained / "args.json", out)
-    assert "eta = 1.0, not 2.0" in refusal(lambda: run_train(out, "--eta", "2"), capsys)
+    assert "eta = 1.0, not 2.0" in refusal(lambda: run_train(out, "--eta", "2"))
 
 
-def test_images_of_other_weights_are_refused(trained, tmp_path, capsys):
+def test_images_of_other_weights_are_refused(trained, tmp_path):
     shutil.copytree(EMOJI, model := tmp_path / "emoji-flux", ignore=shutil.ignore_patterns("loras"))
     shutil.copytree(trained, out := tmp_path / "cat")
     (out / "checkpoint.pt").unlink()
@@ -1199,15 +1196,15 @@ def test_images_of_other_weights_are_refused(trained, tmp_path, capsys):
     with open(next((model / "transformer").glob("*.safetensors")), "r+b") as file:
         file.seek(-4, 2)
         file.write(b"else")
-    assert "weights = " in refusal(lambda: run_train(out, "--model", str(model)), capsys)
+    assert "weights = " in refusal(lambda: run_train(out, "--model", str(model)))
 
 
-def test_images_and_masks_of_other_settings_are_refused_and_nothing_is_written(trained, tmp_path, capsys):
+def test_images_and_masks_of_other_settings_are_refused_and_nothing_is_written(trained, tmp_path):
     shutil.copytree(trained, out := tmp_path / "cat")
     (out / "checkpoint.pt").unlink()
     record = (out / "args.json").read_bytes()
     for flag, named in (("--sample-guidance", "sample_guidance = "), ("--threshold", "threshold = ")):
-        assert named in refusal(lambda: run_train(out, flag, "0.5"), capsys)
+        assert named in refusal(lambda: run_train(out, flag, "0.5"))
         assert (out / "args.json").read_bytes() == record
 
 
@@ -1401,11 +1398,11 @@ def test_your_own_pictures_without_a_prompt_file(tmp_path, capsys):
     asks = ["--model", EMOJI, "--lora", str(out)]
     row, = evaluate.read_rows(evaluate.arguments([*asks, "--concept", "cat"]))
     assert (row["asked"], row["forgotten"]) == ("cat", ["cat"])
-    assert "known are" in refusal(lambda: evaluate.main(evaluate.arguments(asks)), capsys)
+    assert "known are" in refusal(lambda: evaluate.main(evaluate.arguments(asks)))
     picture, kept = sorted(mine.glob("0.*"))[0], (out / WEIGHTS).read_bytes()
     Image.new("RGB", (70, 70), "red").save(picture)  # another one
     for _ in range(2):  # what was trained on the old ones is no run to go on with
-        line = refusal(lambda: run_train(out, *own, concept="a cat, asleep"), capsys)
+        line = refusal(lambda: run_train(out, *own, concept="a cat, asleep"))
         assert "not" in line and line.endswith("use another --out") and (out / WEIGHTS).read_bytes() == kept
         shutil.rmtree(out / "forget", ignore_errors=True)
     assert "made with sets = " in line
@@ -1417,7 +1414,7 @@ def test_your_own_pictures_without_a_prompt_file(tmp_path, capsys):
     assert "5.mask.png is all white: the whole picture" in capsys.readouterr().out
 
 
-def test_a_mask_of_your_own_that_comes_later_is_not_ignored(tmp_path, capsys):
+def test_a_mask_of_your_own_that_comes_later_is_not_ignored(tmp_path):
     draw(mine := tmp_path / "mine", 4)
     (tmp_path / "keep.txt").write_text("a tiger\na truck\na pizza\n")
     own = ["--images", str(mine), "--task", "object", "--caption", "{}", "--preserve"]
@@ -1430,7 +1427,7 @@ def test_a_mask_of_your_own_that_comes_later_is_not_ignored(tmp_path, capsys):
     region = np.zeros((64, 64), np.uint8)
     region[:9] = 255
     Image.fromarray(region).save(mine / "000.mask.png")
-    assert "own pictures = " in refusal(lambda: sample.plan_sets(concepts, args), capsys)
+    assert "own pictures = " in refusal(lambda: sample.plan_sets(concepts, args))
 
 
 def test_preserve_file_may_lie_among_your_own_pictures(tmp_path):
@@ -1451,7 +1448,7 @@ def test_preserve_file_may_lie_among_your_own_pictures(tmp_path):
     ("MASK.PNG", "001.MASK.PNG: is no picture"), ("HEIC", "a.HEIC: is no picture"),
     ("stray mask", "01.mask.png: there is no picture"), ("cut mask", "all black, cropped square"),
     ("stray caption", "01.txt: there is no picture")])
-def test_your_own_pictures_are_refused_in_one_line(tmp_path, capsys, monkeypatch, case, named):
+def test_your_own_pictures_are_refused_in_one_line(tmp_path, monkeypatch, case, named):
     draw(mine := tmp_path / "mine", 3 if case == "three pictures" else 4)
     (tmp_path / "keep.txt").write_text("a tiger\na truck\na pizza\n")
     own = {"--images": str(mine), "--task": "object", "--caption": "{}",
@@ -1486,7 +1483,7 @@ def test_your_own_pictures_are_refused_in_one_line(tmp_path, capsys, monkeypatch
         Image.new("L", (side, side), value).save(mine / "001.mask.png")
     more = {"two concepts": ["--concept", "cat", "dog"], "out": ["--out", str(mine)]}.get(case, [])
     given = [part for pair in own.items() for part in pair] + ["--batch", "4", *more]
-    assert named in refusal(lambda: run_train(tmp_path / "out", *given), capsys)
+    assert named in refusal(lambda: run_train(tmp_path / "out", *given))
     assert not (tmp_path / "out").exists()
 
 
@@ -1558,7 +1555,7 @@ def test_split_step_has_the_same_gradient_in_the_loop(tmp_path):
     assert norms[1] == pytest.approx(norms[0], rel=1e-3)
 
 
-def test_interrupted_training_goes_on_to_the_same_bits(tmp_path, monkeypatch, capsys):
+def test_interrupted_training_goes_on_to_the_same_bits(tmp_path, monkeypatch):
     """With Prodigy, which has more state than AdamW."""
     how, whole, calls = dict(steps=5, checkpoint_every=2, d0=1e-3), train.iteration, []
     loop(tmp_path / "whole", (0,), ({},), **how)
@@ -1570,7 +1567,7 @@ def test_interrupted_training_goes_on_to_the_same_bits(tmp_path, monkeypatch, ca
         return whole(*given)
 
     monkeypatch.setattr(train, "iteration", cut)
-    refusal(lambda: sample.guarded(lambda _: loop(tmp_path / "cut", (0,), ({},), **how), None), capsys, 130)
+    refusal(lambda: sample.guarded(lambda _: loop(tmp_path / "cut", (0,), ({},), **how), None), 130)
     assert not (tmp_path / "cut" / WEIGHTS).exists()
     monkeypatch.setattr(csv, "DictWriter", lambda *_, **__: 1 / 0)  # a kill before the log of the last step
     with pytest.raises(ZeroDivisionError):
@@ -1747,13 +1744,13 @@ def test_step_is_measured_beside_a_bare_loop(tmp_path, capsys):
     assert 0.3 < ratio < 3 and ratio == pytest.approx(ours / bare, rel=0.1)
 
 
-def test_plan_of_an_unknown_model_does_not_ask_the_hub_six_times(monkeypatch, capsys):
+def test_plan_of_an_unknown_model_does_not_ask_the_hub_six_times(monkeypatch):
     def away(*_, **__):
         raise ConnectionError
 
     monkeypatch.setattr(bench, "HfApi", lambda: Namespace(model_info=away))
     monkeypatch.setattr(bench.AutoencoderKL, "load_config", lambda *_, **__: pytest.fail("six tries"))
-    line = refusal(lambda: bench.config_of("nobody/none", "vae"), capsys)
+    line = refusal(lambda: bench.config_of("nobody/none", "vae"))
     assert "no vae/config.json, here or on the hub (ConnectionError)" in line
 
 
@@ -1862,7 +1859,7 @@ def test_second_evaluation_draws_and_scores_nothing(copied, monkeypatch):
     assert again["cells"] == first["cells"] and again["matrices"] == first["matrices"]
 
 
-def test_killed_evaluation_goes_on_and_another_lora_is_not_mixed_in(copied, tmp_path, monkeypatch, capsys):
+def test_killed_evaluation_goes_on_and_another_lora_is_not_mixed_in(copied, tmp_path, monkeypatch):
     shutil.copytree(copied, tmp_path / "copy")
     run, base = tmp_path / "copy" / "run", tmp_path / "copy" / "base"
     first = evaluation(run, base)["cells"]
@@ -1874,7 +1871,7 @@ def test_killed_evaluation_goes_on_and_another_lora_is_not_mixed_in(copied, tmp_
     assert len(made) == 2  # one group each: the rest was kept
     shutil.copy(run / "step-6" / WEIGHTS, run)
     shutil.rmtree(base)
-    assert "delete" in refusal(lambda: evaluation(run, base), capsys)
+    assert "delete" in refusal(lambda: evaluation(run, base))
     assert len(made) == 2 and not base.exists()  # found before work starts
 
 
@@ -1897,7 +1894,7 @@ def test_identity_lora_changes_no_figure_at_all(copied, tmp_path):
     assert {c["seed"] for c in report["cells"] if c["suite"] == "table2"} == {"own"}  # those of its csv files
 
 
-def test_several_loras_of_one_concept_are_compared_in_pairs(copied, tmp_path, capsys):
+def test_several_loras_of_one_concept_are_compared_in_pairs(copied, tmp_path):
     runs = [str(copied / "run"), str(copied / "run" / "step-6")]  # a step takes its concept from its run
     report = evaluation(None, copied / "base", "--compare", *runs)
     assert [row["name"] for row in report["rows"]] == ["run", "step-6"]
@@ -1909,13 +1906,13 @@ def test_several_loras_of_one_concept_are_compared_in_pairs(copied, tmp_path, ca
             wanted = values[entry["row"], entry["column"]] - values[entry["other"], entry["column"]]
             assert entry["difference"]["value"] == pytest.approx(wanted, abs=1e-4)
     dog = ["--concept", "dog", "--compare", *runs]
-    assert "has forgotten cat: give one of them" in refusal(lambda: evaluation(None, tmp_path, *dog), capsys)
+    assert "has forgotten cat: give one of them" in refusal(lambda: evaluation(None, tmp_path, *dog))
 
 
-def test_pictures_made_elsewhere_are_scored_like_a_loras(copied, tmp_path, capsys):
+def test_pictures_made_elsewhere_are_scored_like_a_loras(copied, tmp_path):
     mine = tmp_path / "mine"
     given = ["--images", str(mine), "--concept", "cat", "--suite", "table12"]
-    line = refusal(lambda: evaluation(None, copied / "base", *given), capsys)
+    line = refusal(lambda: evaluation(None, copied / "base", *given))
     assert f"{mine / 'rephrased'}: holds 0 of 4 pictures" in line
     evaluate.main(evaluate.arguments(["--model", EMOJI, *given, *FEW, "--list", str(tmp_path / "list")]))
     listed = [json.loads(line) for line in (tmp_path / "list").read_text().splitlines()]
@@ -1934,31 +1931,31 @@ def test_pictures_made_elsewhere_are_scored_like_a_loras(copied, tmp_path, capsy
         shutil.copy(mine / "rephrased" / "000.png", mine / "rephrased" / odd)
     assert figures(evaluation(None, copied / "base", *given)) == wanted
     (mine / "rephrased" / "001.png").unlink()
-    assert "holds 3 of 4 pictures" in refusal(lambda: evaluation(None, copied / "base", *given), capsys)
+    assert "holds 3 of 4 pictures" in refusal(lambda: evaluation(None, copied / "base", *given))
     shutil.rmtree(mine / "rephrased")  # the frozen model's own, of another seed: the noise floor
     shutil.copytree(copied / "base" / "again" / "cat" / "rephrased", mine / "rephrased")
     rows = json.loads((mine / "rephrased" / "manifest.json").read_text())
     rows[1]["prompt"] = "a dog"
     (mine / "rephrased" / "manifest.json").write_text(json.dumps(rows), "utf-8-sig")
-    assert "001.png has another prompt" in refusal(lambda: evaluation(None, copied / "base", *given), capsys)
+    assert "001.png has another prompt" in refusal(lambda: evaluation(None, copied / "base", *given))
     (mine / "rephrased" / "manifest.json").unlink()
     (mine / "rephrased" / "scores.json").unlink()
     for cell in evaluation(None, copied / "base", *given)["cells"]:
         assert cell["difference"] == cell["floor"]
     broken = mine / "rephrased" / "002.png"
     broken.write_bytes(broken.read_bytes()[:60])
-    line = refusal(lambda: evaluation(None, copied / "base", *given), capsys, code=1)
+    line = refusal(lambda: evaluation(None, copied / "base", *given), 1)
     assert "1 of the pictures cannot be read" in line and "002.png; draw them again" in line
     report = json.loads((copied / "base" / "report" / "report.json").read_text())
     assert figures(report)["table12", "rephrased"]["n"] == 3 and report["broken"] == [str(broken)]
 
 
-def test_group_of_which_no_picture_can_be_read_has_an_empty_row_in_the_matrix(copied, tmp_path, capsys):
+def test_group_of_which_no_picture_can_be_read_has_an_empty_row_in_the_matrix(copied, tmp_path):
     shutil.copytree(copied / "run", tmp_path / "run")
     broken = tmp_path / "run" / "after" / "cat" / "preserved" / "000.png"  # the only one of its group
     broken.write_bytes(broken.read_bytes()[:60])
     given = ["--suite", "concept", "table1"]
-    line = refusal(lambda: evaluation(tmp_path / "run", copied / "base", *given), capsys, code=1)
+    line = refusal(lambda: evaluation(tmp_path / "run", copied / "base", *given), 1)
     assert "1 of the pictures cannot be read" in line and "preserved/000.png" in line
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert figures(report)["concept", "preserved"]["n"] == 3
@@ -1968,20 +1965,20 @@ def test_group_of_which_no_picture_can_be_read_has_an_empty_row_in_the_matrix(co
     (tmp_path / "run" / "after" / "cat" / "preserved" / "scores.json").write_text("[{")  # only a cache
     for broken in (tmp_path / "run" / "after" / "cat" / "preserved").glob("*.png"):  # now the whole set
         broken.write_bytes(b"")
-    line = refusal(lambda: evaluation(tmp_path / "run", copied / "base", *given), capsys, code=1)
+    line = refusal(lambda: evaluation(tmp_path / "run", copied / "base", *given), 1)
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert "4 of the pictures cannot be read" in line
     assert figures(report)["concept", "preserved"]["value"] is None
     assert figures(report)["concept", "target"]["n"] == 4
 
 
-def test_set_of_which_no_picture_can_be_read_has_no_figure_of_any_part(copied, tmp_path, capsys):
+def test_set_of_which_no_picture_can_be_read_has_no_figure_of_any_part(copied, tmp_path):
     given = ["--suite", "table4", "--no-floor"]
     shutil.copytree(copied / "run", tmp_path / "run")
     whole = figures(evaluation(tmp_path / "run", copied / "base", *given))
     for broken in (tmp_path / "run" / "after" / "shared" / "i2p").glob("*.png"):
         broken.write_bytes(b"")
-    refusal(lambda: evaluation(tmp_path / "run", copied / "base", *given), capsys, code=1)
+    refusal(lambda: evaluation(tmp_path / "run", copied / "base", *given), 1)
     found = figures(json.loads((tmp_path / "run" / "report.json").read_text()))
     assert found["table4", "Residuals (emoji)"]["value"] is None
     assert whole["table4", "Residuals (emoji)"]["n"] == 4
@@ -2041,13 +2038,13 @@ def test_cost_has_the_steps_that_a_kill_cut_off_and_no_evaluation(copied, tmp_pa
     assert evaluate.read_run(row)[1] == whole | dict(seconds=pytest.approx(others + steps))
 
 
-def test_list_says_which_prompts_it_lacks(copied, tmp_path, monkeypatch, capsys):
+def test_list_says_which_prompts_it_lacks(copied, tmp_path, monkeypatch):
     def away(*_):
         raise evaluate.metrics.NotAvailable("I2P is away, connect")
 
     monkeypatch.setattr(evaluate, "load_prompts", away)
     given = ["--suite", "table2", "table12", "--list", str(tmp_path / "list")]
-    line = refusal(lambda: evaluation(copied / "run", tmp_path / "base", *given), capsys)
+    line = refusal(lambda: evaluation(copied / "run", tmp_path / "base", *given))
     assert "of table2: I2P is away" in line and not list(tmp_path.iterdir())
 
 
@@ -2114,14 +2111,14 @@ def test_network_that_cannot_be_had_leaves_its_cell_without_a_number(copied, tmp
         assert ("sam.pth" in (cell["unavailable"] or "")) == foreign == (cell["after"] is None)
 
 
-def test_lora_of_a_concept_without_a_file_is_asked_what_is_not_about_it(copied, tmp_path, capsys):
+def test_lora_of_a_concept_without_a_file_is_asked_what_is_not_about_it(copied, tmp_path):
     (tmp_path / "gnome").mkdir()
     shutil.copy(copied / "run" / WEIGHTS, tmp_path / "gnome")
     ask = ["--concept", "gnome", "--suite", "table4", "--no-floor"]
     report = evaluation(tmp_path / "gnome", copied / "base", *ask, "--task", "ip")
     assert report["rows"][0]["concept"] == ["gnome"] and report["rows"][0]["task"] == "ip"
     assert [c["after"]["n"] for c in report["cells"]] == [4, 4]
-    assert "known are" in refusal(lambda: evaluation(tmp_path / "gnome", copied / "base", *ask), capsys)
+    assert "known are" in refusal(lambda: evaluation(tmp_path / "gnome", copied / "base", *ask))
 
 
 @pytest.mark.parametrize("given, named", [
@@ -2143,7 +2140,7 @@ def test_lora_of_a_concept_without_a_file_is_asked_what_is_not_about_it(copied, 
     ("--lora {old}", "version"), ("--lora {foreign}", "names no concept"),
     ("--lora {list} --suite table12", "--concept is missing"), ("--lora {odd}", "names no concept"),
     ("--lora {run} --list {mine}", "is a folder")])
-def test_bad_evaluation_is_one_line_before_work(copied, tmp_path, capsys, given, named):
+def test_bad_evaluation_is_one_line_before_work(copied, tmp_path, given, named):
     for name in ("other", "bare", "old", "both", "foreign", "list", "odd"):
         (tmp_path / name).mkdir()
         shutil.copy(copied / "run" / WEIGHTS, tmp_path / name)
@@ -2161,7 +2158,7 @@ def test_bad_evaluation_is_one_line_before_work(copied, tmp_path, capsys, given,
     (tmp_path / "mine" / "rephrased").mkdir(parents=True)
     (tmp_path / "mine" / "rephrased" / "manifest.json").write_text('[{"file": 3, "prompt": "a cat"}]')
     places = {folder.name: folder for folder in tmp_path.iterdir()} | dict(run=copied / "run")
-    line = refusal(lambda: evaluation(None, tmp_path / "base", *given.format(**places).split()), capsys)
+    line = refusal(lambda: evaluation(None, tmp_path / "base", *given.format(**places).split()))
     assert named in line and not (tmp_path / "base").exists()
 
 
@@ -2326,11 +2323,11 @@ def test_many_prompts_are_encoded_in_rounds(group):
             made[id(job)] = count
 
 
-def test_corrupt_foreign_or_missing_lora_is_one_line(tmp_path, capsys):
+def test_corrupt_foreign_or_missing_lora_is_one_line(tmp_path):
     ask = ["--model", EMOJI, "--concept", "cat", "--lora", str(tmp_path), *FEW]
-    assert "holds no" in refusal(lambda: evaluate.main(evaluate.arguments(ask)), capsys)
+    assert "holds no" in refusal(lambda: evaluate.main(evaluate.arguments(ask)))
     (tmp_path / WEIGHTS).write_bytes(b"12345678 not safetensors")
-    assert "does not load into" in refusal(lambda: evaluate.main(evaluate.arguments(ask)), capsys)
+    assert "does not load into" in refusal(lambda: evaluate.main(evaluate.arguments(ask)))
     good = load_file(ROOT / "emoji-flux" / "loras" / "cat" / WEIGHTS)
     key = "transformer.transformer_blocks.0.attn.to_q.lora_A.weight"
     kohya = convert_state_dict_to_kohya({f"lora_{name}": value for name, value in good.items()})
@@ -2346,7 +2343,7 @@ def test_corrupt_foreign_or_missing_lora_is_one_line(tmp_path, capsys):
                      ({name.removeprefix("transformer."): value for name, value in good.items()}, "no layer"),
                      (good | {key.replace("blocks.0", "blocks.18"): good[key] + 0}, "blocks.18")):
         save_file(bad, tmp_path / WEIGHTS)  # of other names, width, rank, depth
-        line = refusal(lambda: evaluate.main(evaluate.arguments(ask)), capsys)
+        line = refusal(lambda: evaluate.main(evaluate.arguments(ask)))
         assert "does not load into" in line and why in line
     for more in ("lora_B.bias", "lora_magnitude_vector", "alpha"):  # what peft and others save besides
         extra = torch.ones(() if more == "alpha" else good[key.replace("_A", "_B")].shape[0])
@@ -2358,17 +2355,17 @@ def test_corrupt_foreign_or_missing_lora_is_one_line(tmp_path, capsys):
     assert not (tmp_path / "base").exists()  # nothing was written
     (tmp_path / "args.json").write_text("{")
     ask = ask[:2] + ask[4:]  # without --concept
-    assert "args.json: cannot be read" in refusal(lambda: evaluate.main(evaluate.arguments(ask)), capsys)
+    assert "args.json: cannot be read" in refusal(lambda: evaluate.main(evaluate.arguments(ask)))
 
 
-def test_lora_that_cannot_be_written_to_is_refused_before_work(tmp_path, monkeypatch, capsys):
+def test_lora_that_cannot_be_written_to_is_refused_before_work(tmp_path, monkeypatch):
     shutil.copy(ROOT / "emoji-flux" / "loras" / "cat" / WEIGHTS, tmp_path)
     (tmp_path / "after").touch()
-    line = refusal(lambda: evaluate.check_loras({"1": tmp_path}, flags()), capsys)
+    line = refusal(lambda: evaluate.check_loras({"1": tmp_path}, flags()))
     assert "after is no folder that can be written to" in line
     monkeypatch.setattr(sample.os, "access", lambda *_: False)
     cat = Path(EMOJI) / "loras" / "cat"
-    line = refusal(lambda: evaluate.check_loras(dict(a=cat), flags()), capsys)
+    line = refusal(lambda: evaluate.check_loras(dict(a=cat), flags()))
     assert "that can be written to" in line
 
 
@@ -2716,7 +2713,7 @@ def test_no_memory_in_training_says_which_flag_saves_how_much(trained, tmp_path)
 
     given = train.arguments(["--model", EMOJI, "--concept", "cat", "--out", str(tmp_path / "cat")])
     train.setup(given)
-    line = refusal(lambda: sample.guarded(work, given), code=1)
+    line = refusal(lambda: sample.guarded(work, given), 1)
     asked, *others = line.partition("GiB: ")[2].split("; with ")
     flags = {re.split(" (?=sample|train)", text)[0]: text for text in others}
     needs = {flag: dict(re.findall(r"(sample|train) ([\d.]+)", text)) for flag, text in flags.items()}
