@@ -329,17 +329,18 @@ def measure_memory(args):
             run, data = random_run(args, out, batch, "--steps", "3", *flags)
             planned = plan(args.model, args.size, str(run.dtype)[6:], batch, batch, device=run.device)[0]
             gc.collect()
+            idle = torch.cuda.memory_allocated()  # 0 without a GPU; there cuBLAS keeps its workspaces
             if not flags:
                 with stage("sample", out) as peak:
                     generate(place(load_denoiser(run), run), data[2], [""] * batch, range(batch), 3, 3.5,
                              run.size)
-                print_pair(batch, "sample", planned, peak)
+                print_pair(batch, "sample", planned, peak, idle)
             with stage("train", out) as peak:
                 train.train(load_denoiser(run), *data, run)
-            print_pair(batch, " ".join(("train", *flags)), planned, peak)
+            print_pair(batch, " ".join(("train", *flags)), planned, peak, idle)
 
-def print_pair(batch, name, planned, peak):
-    measured = torch.cuda.max_memory_allocated() or peak[1] - peak[0]  # the stage's; 0 without a GPU
+def print_pair(batch, name, planned, peak, idle):
+    measured = torch.cuda.max_memory_allocated() - idle or peak[1] - peak[0]  # the stage's
     print(f"{batch:6} {name:24}{planned[name]['none'] / 2**20:10.0f}{measured / 2**20:10.0f}")
 
 def measure_step(args, rounds=20):
