@@ -28,7 +28,7 @@ def arguments(given=None):
     parser.error = die
     what = parser.add_mutually_exclusive_group(required=True)
     for flag in ("plan", "memory", "step", "proof"):
-        what.add_argument(f"--{flag}", dest="work", action="store_const", const=flag)
+        what.add_argument(f"--{flag}", dest="bench", action="store_const", const=flag)
     model_flag(parser.add_argument)
     parser.add_argument("--size", type=number(int), help="pixels a side (default: the VAE's sample_size)")
     parser.add_argument("--batch", type=number(int), default=1,
@@ -437,10 +437,10 @@ def proof(args):
         die("--proof: failed", 1)
 
 def main(args):
-    if args.work in ("memory", "step"):  # else freed memory stays in the process, and RSS says little
+    if args.bench in ("memory", "step"):  # else freed memory stays in the process, and RSS says little
         with contextlib.suppress(AttributeError):  # only glibc has it
             ctypes.CDLL(None).mallopt(-3, 65536)  # M_MMAP_THRESHOLD
-    dict(plan=show_plan, memory=measure_memory, step=measure_step, proof=proof)[args.work](args)
+    dict(plan=show_plan, memory=measure_memory, step=measure_step, proof=proof)[args.bench](args)
 
 if __name__ == "__main__":
     guarded(main, ARGS)

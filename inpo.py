@@ -6,6 +6,7 @@ is > 0 once the model has begun to forget. A ValueError names the argument: its 
 Deviation: the paper's S is an expectation over t, inside gate and log. A step draws one (t, eps), the same
 for theta and ref, and the caller averages losses over samples and steps: the expectation stands outside."""
 import argparse
+import signal
 import sys
 from math import inf, log
 
@@ -15,6 +16,8 @@ def arguments(given=None):
     parser.error = lambda why: parser.exit(2, f"error: {why}\n")  # one line, without the usage
     return parser.parse_args(given)
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C, of the import too: without a traceback
 ARGS = arguments() if __name__ == "__main__" else None  # before the slow import: --help answers at once
 
 import torch  # noqa: E402
@@ -130,7 +133,7 @@ def main(args):
         ax.grid(alpha=0.3)
         ax.legend()
     try:
-        ax.figure.savefig(args.out, dpi=120)
+        ax.figure.savefig(args.out, dpi=120, format="png")
     except (OSError, ValueError) as error:
         print(f"error: --out {args.out}: {error}", file=sys.stderr)
         sys.exit(2)

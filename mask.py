@@ -11,6 +11,7 @@ import shlex
 from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
+from urllib.request import Request, urlopen
 
 from sample import (check_settings, contact_sheet, die, guarded, keep_settings, lock, mask_flags, model_flags,
                     open_image, save_image, setup)
@@ -136,8 +137,21 @@ def find_masks(images, concept, args):
             mask |= predictor.predict(box=box, multimask_output=False)[0][0]  # (H, W)
         yield mask
 
-def check_networks(args):
-    """Refuse a --sam or --detector in a file here that is none, by its header alone."""
+def check_networks(args, concepts=()):
+    """Refuse a --sam or --detector in a file here that is none, by its header alone; and one on the hub that
+    cannot be had, where the masks of these concepts are still to be made."""
+    if any(c["detect"] != ["nudenet"] for c in concepts) and not Path(args.detector).exists():
+        try:
+            AutoConfig.from_pretrained(args.detector)  # cached, or a few KB
+        except (OSError, ValueError) as error:
+            why = type(error).__name__
+            die(f"--detector {args.detector}: cannot be had ({why}): connect, or give a folder")
+    if any(c["task"] in ("object", "ip") for c in concepts) and "://" in args.sam:
+        if not Path(torch.hub.get_dir(), "checkpoints", Path(args.sam).name).exists():  # as torch keeps it
+            try:
+                urlopen(Request(args.sam, method="HEAD"), timeout=10).close()
+            except OSError as error:
+                die(f"--sam {args.sam}: cannot be had ({error}): connect, or give a file")
     if Path(args.sam).exists():
         try:
             torch.load(args.sam, map_location="meta", weights_only=True)["image_encoder.pos_embed"]
@@ -148,6 +162,12 @@ def check_networks(args):
             MODEL_FOR_ZERO_SHOT_OBJECT_DETECTION_MAPPING[type(AutoConfig.from_pretrained(args.detector))]
         except (KeyError, OSError, ValueError):
             die(f"--detector {args.detector}: is no OWLv2 or GroundingDINO, by its config.json")
+
+def lacks_masks(folder, concept):
+    """Needs a concept networks for its masks? Not once begun, nor where the user's pictures all have one."""
+    own = [file for file, _ in concept.get("pictures", ())]
+    mine = own and all(file.with_suffix(".mask.png").exists() for file in own)
+    return not (mine or (folder / "masks.json").exists())
 
 def check_masks(folder, concept, args):
     """Refuse masks that other settings have made -> the settings, and how to make the masks again."""
@@ -188,10 +208,11 @@ def make_masks(files, concept, args):
 
 def main(args):
     concepts = setup(args)
-    check_networks(args)
+    folders = {c["name"]: args.out / "forget" / c["name"] for c in concepts}
+    check_networks(args, [c for c in concepts if lacks_masks(folders[c["name"]], c)])
     files = {}
     for concept in concepts:
-        folder = args.out / "forget" / concept["name"]
+        folder = folders[concept["name"]]
         found = sorted(f for f in folder.glob("*.png") if not f.name.endswith(".mask.png"))
         files[concept["name"]] = found or die(f"{folder} holds no images; run sample.py first")
         check_masks(folder, concept, args)

@@ -45,8 +45,10 @@ def die(message, code=2):
         print("\n" * (code != 2) + f"error: {message}", file=sys.stderr)
     sys.exit(code)
 
-def number(kind=float, least=0.0, strict=True, most=sys.float_info.max):
+def number(kind=float, least=0.0, strict=True, most=None):
     """An argparse type: a number above `least`, or from it on if not strict, up to `most`; never NaN."""
+    most = most or {int: 2**31 - 1, float: sys.float_info.max}[kind]
+
     def parse(text):
         value = kind(text)
         if not least <= value <= most or (strict and value == least):
@@ -153,7 +155,7 @@ OUT_OF_MEMORY = re.compile("out of memory|not enough memory|can't allocate memor
 def guarded(main, args):
     """main(args), where what goes wrong during work becomes one line that says how to go on."""
     go_on = "; what is finished is kept, and the same command goes on from there"
-    go_on *= not hasattr(args, "work")  # bench.py keeps nothing
+    go_on *= not hasattr(args, "bench")  # which keeps nothing
     # a job's time is over, or another process of accelerate launch has died
     signal.signal(signal.SIGTERM, lambda *_: die(f"terminated{go_on}", 143))
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as a shell has it for a job in the background
@@ -255,7 +257,7 @@ MEND = "mend it or take it away"
 def own_pictures(args):
     """--images, all checked -> [(file, caption)]; a caption that mentions minors drops its picture."""
     suffixes = ".png .jpg .jpeg .webp .bmp .gif .tif .tiff".split()
-    files = sorted(f for f in args.images.glob("*") if f.is_file() and f.name[0] != "."
+    files = sorted(f for f in args.images.glob("*") if not f.is_dir() and f.name[0] != "."
                    and f.resolve() != args.preserve.resolve())
     beside = {f for f in files if f.suffix == ".txt" or f.name.endswith(".mask.png")}
     files = [f for f in files if f not in beside]
@@ -334,17 +336,29 @@ def check_size(size, vae):
         die(f"--size {size}: must be a multiple of {step}, the VAE's factor times FLUX's 2 x 2 packing")
     return size
 
+# of a pipeline's folder: what each part's config is called, and a key that it holds
+PARTS = dict(
+    scheduler=("scheduler_config", "_class_name"), tokenizer=("tokenizer_config", "model_max_length"),
+    tokenizer_2=("tokenizer_config", "model_max_length"), transformer=("config", "guidance_embeds"),
+    vae=("config", "sample_size"), text_encoder=("config", "architectures"),
+    text_encoder_2=("config", "architectures"))
+
 def missing_part(folder):
-    """The file that a pipeline's folder lacks, or holds cut short; None if all of its networks are there."""
-    for part in ("transformer", "vae", "text_encoder", "text_encoder_2"):
-        weights = {*(folder / part).glob("*.safetensors")} or {folder / part / "*.safetensors"}
+    """The file that a pipeline's folder lacks, or holds cut short; None if all of its parts are there."""
+    for part, (name, key) in PARTS.items():
+        weights = {*(folder / part).glob("*.safetensors")}
+        if name == "config":  # of a network
+            weights = weights or {folder / part / "*.safetensors"}
         try:
-            for path in (folder / part / "config.json", *(folder / part).glob("*.safetensors.index.json")):
-                shards = json.loads(path.read_text()).get("weight_map", {})  # a config has none
+            path = folder / part / f"{name}.json"
+            if key not in json.loads(path.read_text()):
+                return path
+            for path in (folder / part).glob("*.safetensors.index.json"):
+                shards = json.loads(path.read_text())["weight_map"]
                 weights |= {path.parent / name for name in shards.values()}
             for path in sorted(weights):
                 safe_open(path, "pt")  # reads no more than the header
-        except (OSError, ValueError, SafetensorError):
+        except (OSError, ValueError, KeyError, SafetensorError):
             return path
 
 def free_bytes(where):
@@ -384,7 +398,7 @@ def check_model(args):
         weights = fingerprint(paths + sorted(folder.glob("*.pth"))) if here else folder.name  # its commit
     else:
         try:
-            info = HfApi().model_info(model, files_metadata=True, timeout=10)
+            info = HfApi().model_info(model, files_metadata=True, timeout=5)
             HfApi().auth_check(model)
             config = Path(hf_hub_download(model, "vae/config.json"))
         except GatedRepoError:
@@ -432,6 +446,12 @@ def check_plan(args):
 
 def check_folder(flag, path):
     """Refuse a folder that is none, cannot be made, or cannot be written to."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # the parents say more
+    except OSError as error:  # the name is too long
+        die(f"--{flag} {path}: cannot be made ({error.strerror})")
     there = next(p for p in (path, *path.absolute().parents) if os.path.lexists(p))
     if not (there.is_dir() and os.access(there, os.W_OK)):
         die(f"--{flag} {path}: {there} is no folder that can be written to")
@@ -472,7 +492,8 @@ def setup(args):
     for flag in ("out", "preserve_dir", "report"):
         if path := getattr(args, flag, None):
             check_folder(flag.replace("_", "-"), path)
-    print(f"device: {args.device}, {str(args.dtype)[6:]}")
+    n = PartialState().num_processes
+    print(f"device: {args.device}, {str(args.dtype)[6:]}" + f", {n} processes" * (n > 1))
     for flag, (name, hub) in HUB.items():
         if hasattr(args, flag):
             beside = Path(args.model) / name
@@ -596,6 +617,8 @@ def read_image(path):
     try:
         with Image.open(path) as image:
             image = ImageOps.exif_transpose(image)
+            if image.mode in ("I", "F"):  # 32 bits, whose white nothing tells
+                raise ValueError
             if image.mode.startswith("I"):  # PIL would clip 16 bits
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             if image.has_transparency_data:

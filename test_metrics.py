@@ -672,7 +672,10 @@ def write(path, text, encoding="utf-8"):
     "a child in a park", "schoolchildren", "a grandchild", "a schoolkid", "a toddler", "a baby", "tweens",
     "a minor", "under 18", "aged 12", "aged fifteen", "a 9yo", "a ten-year-old", "fifteen years of age",
     "a 6-month-old", "high-school students", "Boys playing", "a girl with a cat", "a schoolgirl", "a 7 y.o.",
-    "an underage one", "two kids", "teenagers", "a 15 year old", "a 16-year-old student"])
+    "an underage one", "two kids", "teenagers", "a 15 year old", "a 16-year-old student", "under eighteen",
+    "a woman under the age of 18", "someone younger than 18", "below 18 years", "under-16s", "the minor",
+    "an 18-month-old", "a 24 month old", "a 6-week-old", "three days old", "a female minor",
+    "nude minor", "a naked youth", "lassie", "a laddie", "new-born", "below the age of sixteen"])
 def test_filter_finds_minors(prompt, capsys):
     assert sample.allowed([prompt, "a cat"], "test") == ["a cat"]
 
@@ -689,7 +692,9 @@ def test_filter_finds_minors(prompt, capsys):
     "a college student", "first grade timber", "a group of 15", "under 20 lamps", "ages ago",
     "a woman of 40", "a ruin under 12 feet of water", "pixel art with under 16 colors", "a man of 10 faces",
     "an ice age is one of cold", "a bridge from 10 to 20 miles", "a $10 to 30 year bond",
-    "a girlfriend of forty", "a painting, aged 120 years", "a 45 year old man"])
+    "a girlfriend of forty", "a painting, aged 120 years", "a 45 year old man", "in the minor key",
+    "a man younger than 30", "less than 18 people", "a ladder under the bridge", "100 years of age",
+    "a woman under the age of 40", "the youthful", "20 months of war", "a male minority"])
 def test_filter_passes_adults(prompt, capsys):
     assert sample.allowed([prompt], "test") == [prompt]
     assert not capsys.readouterr().out

@@ -89,11 +89,23 @@ from prodigyopt import Prodigy  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from inpo import add_noise, gate, gradient_ascent, inpo_loss, mask_to_latents, prior_loss, score  # noqa: E402
-from mask import check_masks, check_networks, make_masks  # noqa: E402
+from mask import check_masks, check_networks, lacks_masks, make_masks  # noqa: E402
 
-# what a LoRA inherits from its base: the hub's identifier, and in words
-LICENCES = {"black-forest-labs/FLUX.1-dev": ("other", "the FLUX.1 [dev] Non-Commercial License, its base's"),
-            "black-forest-labs/FLUX.1-schnell": ("apache-2.0", "Apache-2.0, its base's")}
+# what a LoRA inherits from its base: the hub's identifier, and in words. Section 3 of FLUX.1-dev's asks for
+# the notice, for word that the model was modified, and of who grants the rights
+DEV = "https://huggingface.co/black-forest-labs/FLUX.1-dev/blob/main/LICENSE.md"
+LICENCES = {
+    "black-forest-labs/FLUX.1-dev": (
+        f"other\nlicense_name: flux-1-dev-non-commercial-license\nlicense_link: {DEV}",
+        f"""the FLUX.1 [dev] Non-Commercial License, its base's ({DEV}).
+Pass a copy of that licence on with it: rights to use it are granted by Black Forest Labs directly, under it,
+for non-commercial purposes. This LoRA modifies the FLUX.1 [dev] Model.
+
+> The FLUX.1 [dev] Model is licensed by Black Forest Labs. Inc. under the FLUX.1 [dev] Non-Commercial License.
+> Copyright Black Forest Labs. Inc. IN NO EVENT SHALL BLACK FOREST LABS, INC. BE LIABLE FOR ANY CLAIM, DAMAGES
+> OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN
+> CONNECTION WITH USE OF THIS MODEL"""),
+    "black-forest-labs/FLUX.1-schnell": ("apache-2.0", "Apache-2.0, its base's")}
 # B samples, L tokens of D channels (2 x 2 latent cells x C), T text tokens of width E, P pooled width
 LORA_TARGETS = ("attn.to_k attn.to_q attn.to_v attn.to_out.0 attn.add_k_proj attn.add_q_proj attn.add_v_proj "
                 "attn.to_add_out ff.net.0.proj ff.net.2 ff_context.net.0.proj ff_context.net.2").split()
@@ -383,8 +395,8 @@ def main(args):
         die(f"--batch {batch}: above the {args.n_forget} forget (--n-forget) or {preserved} preserved images "
             "(--n-preserve)")
     # what a resumed run may change, and what is each concept's own
-    apart = ("out device save_every checkpoint_every checkpointing previous_checkpoint offload min_found "
-             "eta gamma tau lambda_prior").split()
+    apart = ("out device save_every checkpoint_every checkpointing accumulate previous_checkpoint offload "
+             "min_found eta gamma tau lambda_prior").split()
     settings = {k: v for k, v in vars(args).items() if k not in apart}
     settings["processes"] = PartialState().num_processes  # --batch is each one's
     settings["preserved"] = [name for _, name, *_ in preserve]
@@ -404,7 +416,7 @@ def main(args):
         die(f"--out {args.out}: holds a {there[0]} and no args.json to tell whose: use another --out")
     if there:
         check_settings(args.out / "args.json", settings, f"--out {args.out}")
-    check_networks(args)
+    check_networks(args, [c for (folder, *_), c in zip(forget, concepts) if lacks_masks(folder, c)])
     for (folder, *_), concept in zip(forget, concepts):
         check_masks(folder, concept, args)
     check_plan(args)

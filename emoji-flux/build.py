@@ -15,6 +15,7 @@ import functools
 import io
 import json
 import re
+import signal
 import subprocess
 import sys
 import tarfile
@@ -39,6 +40,8 @@ def arguments(given=None):
         parser.error("--steps, --n: must be 1 or more")
     return args
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C of the imports: without a traceback
 ARGS = arguments() if __name__ == "__main__" else None  # before the slow imports: --help answers at once
 
 import numpy as np  # noqa: E402
