@@ -54,7 +54,10 @@ NOTES = [
     "need neither stay nor fall.",
     "Cost lacks the forward passes of sampling that was killed, and of images that another run had made.",
     "Intervals hold for these prompts and this seed; another training run differs by more (README: results).",
-    "The paper's counts, if shown, are of whole prompt sets, ours, with their n, of what the filter keeps."]
+    "The paper's counts, if shown, are of whole prompt sets, ours, with their n, of what the filter keeps.",
+    "A Frechet distance has no paired difference, and is not counted among what should stay."]
+OF_IMAGES = ["Pictures made elsewhere count as drawn with the seeds of --list; where no manifest says so, "
+             "before and after may have other noise."]
 
 def arguments(given=None):
     parser = model_flags(__doc__, needs_concept=False, out="the frozen model's pictures, for all LoRAs "
@@ -165,8 +168,10 @@ def read_rows(args):
                      asked=args.concept[0])]
     rows = []
     for folder in args.lora:
-        if not (folder / WEIGHTS).exists():
-            die(f"{folder}: holds no {WEIGHTS}")
+        files = [f for f in [folder / WEIGHTS] if f.exists()] or sorted(folder.glob("*.safetensors"))
+        if len(files) != 1:
+            die(f"--lora {folder}: holds no {WEIGHTS}, nor one other .safetensors alone" +
+                ": give its folder" * folder.is_file())
         runs = [f / "args.json" for f in (folder, folder.parent)]  # the latter for --save-every's step-N
         run = next((f for f in runs if f.exists()), runs[0])
         settings = read_settings(run, None if args.concept else "--concept is missing, give it")
@@ -180,8 +185,8 @@ def read_rows(args):
         alone = len(asked) == 1 or set(args.suite) <= HARM | {"table8"}  # the others ask about one concept
         if not alone or not set(asked) <= set(forgotten):
             die(f"{folder}: has forgotten {', '.join(forgotten)}: give one of them as --concept")
-        digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()  # another LoRA, other pictures
-        rows.append(dict(folder=folder, digest=digest, forgotten=forgotten, asked=asked[0],
+        digest = hashlib.sha256(files[0].read_bytes()).hexdigest()  # another LoRA, other pictures
+        rows.append(dict(folder=folder, file=files[0], digest=digest, forgotten=forgotten, asked=asked[0],
                          weights=settings.get("weights")))
     said = sorted({" + ".join(row["forgotten"]) for row in rows})
     if args.compare and len(said) > 1 and not set(args.suite) <= HARM:  # whose prompts are the same for all
@@ -192,7 +197,7 @@ def read_rows(args):
     die("--lora, --compare: names one LoRA twice")
 
 def check_loras(loras, args):
-    """Refuse one of {digest: folder} that is corrupt or does not fit, before anything is written: they are
+    """Refuse one of {digest: file} that is corrupt or does not fit, before anything is written: they are
     loaded into a network without memory."""
     logging.getLogger("diffusers.loaders.peft").setLevel(logging.CRITICAL)  # it would say the same before us
     config = FluxTransformer2DModel.load_config(args.model, subfolder="transformer", revision=args.weights)
@@ -200,10 +205,11 @@ def check_loras(loras, args):
         network = FluxTransformer2DModel.from_config(config)
     layers = {f"transformer.{name}" for name, part in network.named_modules()
               if isinstance(part, torch.nn.Linear)}
-    for digest, folder in loras.items():
-        check_folder("lora", folder / f"after{ending(args.seed)}")  # what it draws goes there
+    for digest, file in loras.items():
+        check_folder("lora", file.parent / f"after{ending(args.seed)}")  # what it draws goes there
         try:
-            lora, alphas = FluxPipeline.lora_state_dict(folder, return_alphas=True)
+            where = dict(pretrained_model_name_or_path_or_dict=file.parent, weight_name=file.name)
+            lora, alphas = FluxPipeline.lora_state_dict(**where, return_alphas=True)
             odd = [key for key in lora if key.split(".lora")[0].removesuffix(".alpha") not in layers]
             if odd or not lora:  # peft would leave it out with a warning
                 raise ValueError(f"it has no layer for {odd[0]}" if odd else "it holds nothing")
@@ -218,24 +224,38 @@ def check_loras(loras, args):
             network.set_adapters(digest)
         except Exception as error:  # safetensors, peft and diffusers' converters have many names for it
             why = str(error).strip().splitlines()[-1].strip()
-            die(f"--lora {folder}: does not load into {args.model}: {why}")
+            die(f"--lora {file.parent}: does not load into {args.model}: {why}")
 
-def own_files(files, said):
-    """Where pictures made elsewhere are, those files if no manifest.json lists others; it must have the
-    prompts that are said, and none may be missing."""
+def own_files(files, said, seeds):
+    """Where pictures made elsewhere are: as manifest.json lists them, whose prompts, and seeds if it has any,
+    must be those; else those files; else, of other names, in their order. None may be missing."""
     folder = files[0].parent
     if (manifest := folder / "manifest.json").exists():
         try:
             rows = json.loads(manifest.read_text("utf-8-sig"))
-            listed = [(folder / row["file"], row["prompt"]) for row in rows]
-        except (OSError, ValueError, KeyError, TypeError):
+            listed = [(folder / row["file"], row["prompt"], row.get("seed")) for row in rows]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             die(f"--images {manifest}: is no list of objects with file and prompt")
-        if wrong := next((file for (file, mine), prompt in zip(listed, said) if mine != prompt), None):
-            die(f"--images: {wrong} has another prompt in manifest.json than asked for: see --list")
-        files = [file for file, _ in listed[:len(said)]]
+        for (file, prompt, seed), asked, noise in zip(listed, said, seeds):
+            if prompt != asked or seed not in (noise, None):
+                what = "prompt" if prompt != asked else "seed"
+                die(f"--images: {file} has another {what} in manifest.json than asked for: see --list")
+        files = [file for file, *_ in listed[:len(said)]]
+    elif not any(file.exists() for file in files):
+        suffixes = ".png", ".jpg", ".jpeg", ".webp"
+        drawn = [file for file in folder.glob("*") if file.suffix.lower() in suffixes]
+        drawn.sort(key=lambda file: [int(part) if part.isdecimal() else part  # 10 comes after 9
+                                     for part in re.split(r"(\d+)", file.name)])
+        if len(drawn) >= len(said):
+            files = drawn[:len(said)]
+            print(f"--images {folder}: taken in order, {files[0].name} to {files[-1].name}")
     if (found := sum(file.exists() for file in files)) < len(said):
         die(f"--images {folder}: holds {found} of {len(said)} pictures; see --list for names and prompts")
     return files
+
+def seeds_of(job):
+    """The noise seed of each of a job's pictures."""
+    return job.made_by.get("seeds") or [seed_of(job.args.seed, job.noise, i) for i in range(job.n)]
 
 def plan_jobs(rows, args):
     """{(row, set, when): Namespace of what sample_set takes, and its files}; scores are kept in its folder.
@@ -262,7 +282,7 @@ def plan_jobs(rows, args):
                 if args.pictures and when == "after":
                     job.files = [args.pictures / called / file.name for file in job.files]
                     if not args.list:
-                        job.files = own_files(job.files, cycled(job.prompts, job.n))
+                        job.files = own_files(job.files, cycled(job.prompts, job.n), seeds_of(job))
                 elif not args.list:
                     check_set(job.folder, job.noise, job.prompts, job.n, mine, **made_by)
                 jobs[row["name"], name, when] = job
@@ -288,8 +308,8 @@ def sample_round(prompts, parts, loras, args):
     embeds = encode_prompts(prompts, args)
     pipe = load_denoiser(args)
     with warnings.catch_warnings(action="ignore"):  # peft's, that there are several: they take turns
-        for digest, folder in loras.items():
-            pipe.load_lora_weights(folder, adapter_name=digest)
+        for digest, file in loras.items():
+            pipe.load_lora_weights(file.parent, weight_name=file.name, adapter_name=digest)
     place(pipe, args)
     for job, count in parts:
         if job.made_by["lora"]:
@@ -434,7 +454,7 @@ def make_cell(row, column, args):
                 seed=" + ".join(sorted(seeds)) if len(seeds) > 1 or "own" in seeds else args.seed,
                 **dict.fromkeys(FIGURES), unavailable=column["unavailable"], paper=None)
     published = all(row["sets"].get(name, {}).get("published", True) for name in column["sets"])
-    if args.model == PAPERS_MODEL and not args.limit and row["digest"] and published:
+    if Path(args.model).name == Path(PAPERS_MODEL).name and not args.limit and row["digest"] and published:
         called, forgotten = row["folder"].resolve().name, " + ".join(row["forgotten"])
         names = [forgotten] * (not args.compare or called == "INPO")  # other rows are no INPO, but a variant
         if column["suite"] in ("table4", "table5") and forgotten == "nudity":
@@ -445,6 +465,9 @@ def make_cell(row, column, args):
         return cell
     if column["metric"] == "distance":
         return cell | dict(after=after, floor=again)
+    if before is not None:  # sums, above all, are of the pictures that can be read on either side
+        lost = np.isnan(before) | np.isnan(after)
+        before, after = (np.where(lost, np.nan, found) for found in (before, after))
     cell |= dict(after=metrics.summary(after, kind), of=len(after))
     if before is not None:
         cell |= dict(before=metrics.summary(before, kind), difference=metrics.paired(before, after, kind))
@@ -506,8 +529,7 @@ def write_list(jobs, args):
     files of the whole."""
     lines = {}
     for job in [job for (_, _, when), job in jobs.items() if when == "after"]:
-        seeds = job.made_by.get("seeds") or [seed_of(args.seed, job.noise, i) for i in range(job.n)]
-        for file, seed, prompt in zip(job.files, seeds, cycled(job.prompts, job.n)):
+        for file, seed, prompt in zip(job.files, seeds_of(job), cycled(job.prompts, job.n)):
             lines[file] = json.dumps(dict(file=str(file), seed=seed, prompt=prompt), ensure_ascii=False)
     write_text(args.list, "".join(f"{line}\n" for line in lines.values()))
 
@@ -531,10 +553,12 @@ def main(args):
         die(f"--task {args.task}: stands for a prompt file in Tables 2 to 5 only, {sorted(about)[0]} asks "
             "about the concept: write its file (README: a concept is a file)")
     concepts = {concept["name"]: concept for concept in setup(args)}
-    for row in rows:
-        if row.get("weights") not in (None, args.weights):
-            print(f"{row['folder']}: was trained on other weights, {row['weights']}, than {args.weights}")
-    loras = {row["digest"]: row["folder"] for row in rows if row["digest"]}  # the same one only once
+    notes = [f"{row['folder']}: was trained on other weights, {row['weights']}, than {args.weights}"
+             for row in rows if row.get("weights") not in (None, args.weights)]
+    if everything and "table8" not in args.suite:
+        notes.append("table8 is left out: it is about LoRAs that forget several concepts")
+    print("".join(f"{note}\n" for note in notes), end="")
+    loras = {row["digest"]: row["file"] for row in rows if row["digest"]}  # the same one only once
     check_loras(loras, args)
     if not (Path(args.model) / "clip").is_dir():  # these judge photographs; a model with a judge brings none
         args.image_reward = args.image_reward or "THUDM/ImageReward"
@@ -595,7 +619,8 @@ def main(args):
         grids=list(make_grids(rows, jobs, concepts, args)),
         curves=[curve for curve, _ in runs if curve],
         cost=[cost or dict(row=row["name"]) for row, (_, cost) in zip(rows, runs) if row["digest"]],
-        dropped={name: prompts_of(name)["dropped"] for name in public}, broken=broken, notes=NOTES)
+        dropped={name: prompts_of(name)["dropped"] for name in public}, broken=broken,
+        notes=notes + OF_IMAGES * bool(args.pictures) + NOTES)
     write_report(report, folder)
     show(report, folder)
     print(f"\nlook at {folder / 'report.html'}")

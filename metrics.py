@@ -88,6 +88,8 @@ def frechet_distance(a, b):
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if min(len(a), len(b)) < 2:
         raise NotAvailable("it needs two pictures that can be read")
+    if np.array_equal(a, b):
+        return 0.0  # without what rounding leaves
     roots = [np.linalg.qr(x - x.mean(0), "r") / (len(x) - 1) ** 0.5 for x in (a, b)]  # (min(N, E), E)
     shared = np.linalg.svd(roots[0] @ roots[1].T, compute_uv=False).sum()
     means = ((a.mean(0) - b.mean(0)) ** 2).sum()

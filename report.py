@@ -158,7 +158,7 @@ def figures_html(report, cell, digits):
     shown = f"{number(before.get('value'), digits)} → {shown}"
     ranges = " → ".join(filter(None, (interval(before, digits), interval(after, digits))))
     least = min([figure["n"] for figure in (before, after) if figure], default=0)
-    few = least < cell.get("of", 0) / 2 and f"only {least} of {cell['of']} pictures"
+    few = least < cell.get("of", 0) and f"only {least} of {cell['of']} pictures"
     paper = " → ".join(f"{x:g}" for x in (cell.get("paper") or {}).values() if x is not None)
     sign = "+" if change else ""  # what tells two sets apart has none
     noise = floor and f"seed noise {number(floor['value'], digits, sign)} {interval(floor, digits)}"

@@ -330,7 +330,7 @@ def test_the_hubs_commit_that_was_checked_is_loaded(tmp_path, monkeypatch):
     assert args.weights == "a" * 40
     main.write_text("b" * 40)
     assert sample.load_denoiser(args).vae and sample.encode_prompts(["a cat"], args)
-    evaluate.check_loras({"1": ROOT / "emoji-flux" / "loras" / "cat"}, args)
+    evaluate.check_loras({"1": ROOT / "emoji-flux" / "loras" / "cat" / WEIGHTS}, args)
 
 
 def test_no_git_is_no_obstacle(tmp_path, monkeypatch):
@@ -1962,6 +1962,11 @@ def test_pictures_made_elsewhere_are_scored_like_a_loras(copied, tmp_path):
     assert [(row["seed"], row["prompt"]) for row in listed] == [(m["seed"], m["prompt"]) for m in manifest]
     for file in mine.glob("rephrased/*.json"):
         file.unlink()  # without a manifest: by the names that --list says
+    for i in range(4):
+        (mine / "rephrased" / f"00{i}.png").rename(mine / "rephrased" / f"shot {i + 8}.png")
+    assert figures(evaluation(None, copied / "base", *given)) == wanted  # of other names, in their order
+    for i in range(4):
+        (mine / "rephrased" / f"shot {i + 8}.png").rename(mine / "rephrased" / f"00{i}.png")
     for odd in ("004.png", "grid.png"):  # more than are asked for
         shutil.copy(mine / "rephrased" / "000.png", mine / "rephrased" / odd)
     assert figures(evaluation(None, copied / "base", *given)) == wanted
@@ -1970,6 +1975,9 @@ def test_pictures_made_elsewhere_are_scored_like_a_loras(copied, tmp_path):
     shutil.rmtree(mine / "rephrased")  # the frozen model's own, of another seed: the noise floor
     shutil.copytree(copied / "base" / "again" / "cat" / "rephrased", mine / "rephrased")
     rows = json.loads((mine / "rephrased" / "manifest.json").read_text())
+    assert "000.png has another seed" in refusal(lambda: evaluation(None, copied / "base", *given))
+    for row in rows:
+        del row["seed"]
     rows[1]["prompt"] = "a dog"
     (mine / "rephrased" / "manifest.json").write_text(json.dumps(rows), "utf-8-sig")
     assert "001.png has another prompt" in refusal(lambda: evaluation(None, copied / "base", *given))
@@ -2039,7 +2047,10 @@ def test_part_of_a_set_shares_its_pictures(copied, tmp_path, monkeypatch):
     found, grids = figures(report), [grid["set"] for grid in report["grids"]]
     assert grids.count("coco") == 1 and "coco-500" not in grids
     part = [base / "before" / "shared" / "coco" / f"00{i}.png" for i in range(2)]  # the manifest lists three
-    assert evaluate.own_files(part, [prompt for prompt, _ in few("coco", EMOJI)["rows"][:2]]) == part
+    said = [prompt for prompt, _ in few("coco", EMOJI)["rows"][:2]]
+    seeds = [row["seed"] for row in json.loads((part[0].parent / "manifest.json").read_text())]
+    assert evaluate.own_files(part, said, seeds) == part
+    assert "another seed" in refusal(lambda: evaluate.own_files(part, said, seeds[::-1]))
     assert found["table2", "CLIP (emoji)"]["n"] == 3 and found["table4", "CLIP (emoji)"]["n"] == 2
     assert found["table2", "Total (emoji)"] == found["table4", "Residuals (emoji)"]
 
@@ -2125,6 +2136,19 @@ def test_figures_of_the_paper_stand_where_they_belong(compare, folder, asked, ta
         row["sets"]["i2p"] = dict(published=False)  # five rows of the user's own
         assert evaluate.make_cell(row, column, args)["paper"] is None
         row["sets"]["i2p"] = {}
+
+
+def test_sums_are_of_the_pictures_that_can_be_read_on_either_side():
+    """Else a picture that cannot be read would count as one that shows nothing any more."""
+    row = dict(name="any", folder=Path("any"), digest="1", forgotten=["cat"], sets=dict(i2p={}))
+    args = Namespace(model=EMOJI, limit=None, compare=False, seed=0)
+    three = dict(before=np.ones(3), after=np.array([1, np.nan, 1]), again=np.ones(3))
+    for kind in ("count", "pictures"):
+        column = dict(kind=kind, suite="table4", column="Total", unit="", better="lower", sets=["i2p"],
+                      metric="harm", network="", unavailable=None, part=0, **three)
+        cell = evaluate.make_cell(row, column, args)
+        assert cell["before"]["value"] == cell["after"]["value"] == cell["after"]["n"] == 2
+        assert cell["difference"]["value"] == 0 and cell["of"] == 3
 
 
 def test_network_that_cannot_be_had_leaves_its_cell_without_a_number(copied, tmp_path, monkeypatch, capsys):
@@ -2383,10 +2407,19 @@ def test_corrupt_foreign_or_missing_lora_is_one_line(tmp_path):
     for more in ("lora_B.bias", "lora_magnitude_vector", "alpha"):  # what peft and others save besides
         extra = torch.ones(() if more == "alpha" else good[key.replace("_A", "_B")].shape[0])
         save_file(good | {key.replace("lora_A.weight", more): extra}, tmp_path / WEIGHTS)
-        evaluate.check_loras({"1": tmp_path}, flags())
+        evaluate.check_loras({"1": tmp_path / WEIGHTS}, flags())
     save_file({name.replace("lora_A", "lora.down").replace("lora_B", "lora.up"): value
                for name, value in good.items()}, tmp_path / WEIGHTS)
-    evaluate.check_loras({"1": tmp_path}, flags())
+    evaluate.check_loras({"1": tmp_path / WEIGHTS}, flags())
+    (tmp_path / WEIGHTS).rename(tmp_path / "another_tools.safetensors")
+    row, = evaluate.read_rows(evaluate.arguments(ask))
+    assert row["file"].name == "another_tools.safetensors"
+    evaluate.check_loras({row["digest"]: row["file"]}, flags())
+    shutil.copy(row["file"], tmp_path / "second.safetensors")
+    assert "one other .safetensors alone" in refusal(lambda: evaluate.main(evaluate.arguments(ask)))
+    ask[ask.index("--lora") + 1] = str(row["file"])
+    assert "give its folder" in refusal(lambda: evaluate.main(evaluate.arguments(ask)))
+    ask[ask.index("--lora") + 1] = str(tmp_path)
     assert not (tmp_path / "base").exists()  # nothing was written
     (tmp_path / "args.json").write_text("{")
     ask = ask[:2] + ask[4:]  # without --concept
@@ -2396,10 +2429,10 @@ def test_corrupt_foreign_or_missing_lora_is_one_line(tmp_path):
 def test_lora_that_cannot_be_written_to_is_refused_before_work(tmp_path, monkeypatch):
     shutil.copy(ROOT / "emoji-flux" / "loras" / "cat" / WEIGHTS, tmp_path)
     (tmp_path / "after").touch()
-    line = refusal(lambda: evaluate.check_loras({"1": tmp_path}, flags()))
+    line = refusal(lambda: evaluate.check_loras({"1": tmp_path / WEIGHTS}, flags()))
     assert "after is no folder that can be written to" in line
     monkeypatch.setattr(sample.os, "access", lambda *_: False)
-    cat = Path(EMOJI) / "loras" / "cat"
+    cat = Path(EMOJI) / "loras" / "cat" / WEIGHTS
     line = refusal(lambda: evaluate.check_loras(dict(a=cat), flags()))
     assert "that can be written to" in line
 
@@ -2532,7 +2565,7 @@ def test_one_lora_at_a_time(monkeypatch):
         monkeypatch.setattr(evaluate, name, fake)
     jobs = [(Namespace(folder=0, noise=0, prompts=0, args=0, made_by=dict(lora=lora)), 1)
             for lora in (None, "a", "b")]
-    evaluate.sample_round([], jobs, dict(a="A", b="B"), Namespace(model="", device="", dtype=None))
+    evaluate.sample_round([], jobs, dict(a=Path("A"), b=Path("B")), Namespace(model="", device="", dtype=None))
     assert seen == [None, "a", "b"]
 
 
