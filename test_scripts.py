@@ -2420,6 +2420,7 @@ def test_corrupt_foreign_or_missing_lora_is_one_line(tmp_path):
     ask[ask.index("--lora") + 1] = str(row["file"])
     assert "give its folder" in refusal(lambda: evaluate.main(evaluate.arguments(ask)))
     ask[ask.index("--lora") + 1] = str(tmp_path)
+    (tmp_path / "second.safetensors").unlink()
     assert not (tmp_path / "base").exists()  # nothing was written
     (tmp_path / "args.json").write_text("{")
     ask = ask[:2] + ask[4:]  # without --concept
