@@ -294,11 +294,12 @@ def show_plan(args):
     images, steps, forward = 50 + 8 * 25, 300, work["forward"] / 1e12
     print(f"\nwork by the defaults, a forward of one image being {forward:.3g} TFLOP; computed")
     for name, forwards, more in (
-            ("prompts, each (T5)", 0, work["text"]), (f"{SAM}, each", 0, work["mask"]),
+            ("prompts, 132 (T5)", 0, 132 * work["text"]), (f"{SAM}, 50 images", 0, 50 * work["mask"]),
             (f"sample, {images} images x 28 steps", images * 28, images * work["decode"]),
             (f"latents, {images} images", 0, images * work["encode"]),
             (f"train, {steps} steps of {args.batch} + {args.batch}", steps * 2 * args.batch * 3, 0),
-            ("train --checkpointing", steps * 2 * args.batch * 4, 0)):
+            ("train --checkpointing", steps * 2 * args.batch * 4, 0),
+            ("pictures, 4 x 2 x 6", 48 * 28, 48 * work["decode"])):
         print(f"{name:32}{forwards:>8,} forwards{forwards * forward + more / 1e12:>12,.0f} TFLOP")
 
 def random_run(args, out, batch, *flags):

@@ -675,8 +675,9 @@ def write(path, text, encoding="utf-8"):
     "an underage one", "two kids", "teenagers", "a 15 year old", "a 16-year-old student", "under eighteen",
     "a woman under the age of 18", "someone younger than 18", "below 18 years", "under-16s", "the minor",
     "an 18-month-old", "a 24 month old", "a 6-week-old", "three days old", "a female minor",
-    "girlnude", "littlegirlnude", "nakedgirlsex", "kidsnude", "boynude", "boysex", "sweet 16", "tweenage",
-    "toddlerhood", "a teeny bopper", "kiddie", "nude minor", "a naked youth", "lassie", "a laddie", "new-born", "below the age of sixteen"])
+    "girlnude", "littlegirlnude", "boynextdoor", "girltoy", "nakedgirlsex", "kidsnude",
+    "boynude", "boysex", "sweet 16", "tweenage", "toddlerhood", "a teeny bopper", "kiddie", "nude minor",
+    "a naked youth", "lassie", "a laddie", "new-born", "below the age of sixteen"])
 def test_filter_finds_minors(prompt, capsys):
     assert sample.allowed([prompt, "a cat"], "test") == ["a cat"]
 
@@ -696,7 +697,8 @@ def test_filter_finds_minors(prompt, capsys):
     "a girlfriend of forty", "a painting, aged 120 years", "a 45 year old man", "in the minor key",
     "a man younger than 30", "less than 18 people", "a ladder under the bridge", "100 years of age",
     "a woman under the age of 40", "the youthful", "Pink Floyd", "John Boyd", "Susan Boyle", "boysenberries",
-    "Charles Boyer", "Nicole Kidman", "a kidnapping", "no kidding", "girlfriends", "a homeboy", "Hellboy", "20 months of war", "a male minority"])
+    "Charles Boyer", "Nicole Kidman", "a kidnapping", "no kidding", "girlfriends", "a homeboy", "Hellboy",
+    "20 months of war", "a male minority"])
 def test_filter_passes_adults(prompt, capsys):
     assert sample.allowed([prompt], "test") == [prompt]
     assert not capsys.readouterr().out
