@@ -1932,9 +1932,10 @@ def test_identity_lora_changes_no_figure_at_all(copied, tmp_path):
     assert all(d["value"] == d["low"] == d["high"] == 0 for d in differences)
     for (_, column), figure in figures(report).items():
         if column.startswith(("pixels", "FD")):
-            assert figure["value"] == pytest.approx(0, abs=1e-6)
+            assert figure["value"] == 0
     assert any(c["floor"]["value"] for c in report["cells"] if c["floor"])  # seed noise is not nothing
     assert {c["suite"] for c in report["cells"]} == set(evaluate.SUITES) - {"table8"}
+    assert report["notes"][0].startswith("table8 is left out")
     for grid in report["grids"]:
         assert grid["blurred"] == ("i2p" in grid["set"] or "attack" in grid["set"])
     assert {c["seed"] for c in report["cells"] if c["suite"] == "table2"} == {"own"}  # those of its csv files
@@ -2125,8 +2126,9 @@ def test_foreign_files_beside_a_lora_are_no_obstacle(copied, tmp_path, capsys):
     assert "not available: its log.csv" in (tmp_path / "other" / "report.html").read_text()
     assert "other weights" not in capsys.readouterr().out
     (tmp_path / "other" / "args.json").write_text('{"settings": {"weights": "abc"}}')
-    evaluation(tmp_path / "other", copied / "base", *given)
+    report = evaluation(tmp_path / "other", copied / "base", *given)
     assert "was trained on other weights, abc, than" in capsys.readouterr().out
+    assert any("other weights, abc" in note for note in report["notes"])
 
 
 @pytest.mark.parametrize("compare, folder, asked, table4, table2, table1", [
@@ -2144,6 +2146,8 @@ def test_figures_of_the_paper_stand_where_they_belong(compare, folder, asked, ta
                       metric="harm", network="", unavailable="no network")
         found = evaluate.make_cell(row, column, args)["paper"]
         assert (found and found["after"]) == wanted
+        args.model = "models/FLUX.1-dev"  # a copy here
+        assert evaluate.make_cell(row, column, args)["paper"] == found
         row["sets"]["i2p"] = dict(published=False)  # five rows of the user's own
         assert evaluate.make_cell(row, column, args)["paper"] is None
         row["sets"]["i2p"] = {}
