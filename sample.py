@@ -358,7 +358,7 @@ def missing_part(folder):
                 weights |= {path.parent / name for name in shards.values()}
             for path in sorted(weights):
                 safe_open(path, "pt")  # reads no more than the header
-        except (OSError, ValueError, KeyError, SafetensorError):
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError):
             return path
 
 def free_bytes(where):
@@ -616,9 +616,9 @@ def read_image(path):
     mode, ground = ("L", "black") if str(path).endswith(".mask.png") else ("RGB", "white")
     try:
         with Image.open(path) as image:
+            if image.mode == "F" or image.mode == "I" and image.format != "PNG":  # a PNG has at most 16 bits
+                raise ValueError  # of 32 bits nothing tells which value is white
             image = ImageOps.exif_transpose(image)
-            if image.mode in ("I", "F"):  # 32 bits, whose white nothing tells
-                raise ValueError
             if image.mode.startswith("I"):  # PIL would clip 16 bits
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             if image.has_transparency_data:

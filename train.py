@@ -91,8 +91,8 @@ from tqdm import tqdm  # noqa: E402
 from inpo import add_noise, gate, gradient_ascent, inpo_loss, mask_to_latents, prior_loss, score  # noqa: E402
 from mask import check_masks, check_networks, lacks_masks, make_masks  # noqa: E402
 
-# what a LoRA inherits from its base: the hub's identifier, and in words. Section 3 of FLUX.1-dev's asks for
-# the notice, for word that the model was modified, and of who grants the rights
+# what a LoRA inherits from its base: the hub's identifier, and in words. Section 3 of FLUX.1-dev's licence
+# asks for the notice, for word that the model was modified, and of who grants the rights
 DEV = "https://huggingface.co/black-forest-labs/FLUX.1-dev/blob/main/LICENSE.md"
 LICENCES = {
     "black-forest-labs/FLUX.1-dev": (
