@@ -2067,6 +2067,16 @@ def test_part_of_a_set_shares_its_pictures(copied, tmp_path, monkeypatch):
     assert found["table2", "Total (emoji)"] == found["table4", "Residuals (emoji)"]
 
 
+def test_pictures_made_elsewhere_of_other_names_are_taken_in_their_order(tmp_path, capsys):
+    for name in ("shot 10.png", "shot 9.JPG", "shot 8.png", "prompts.txt"):
+        (tmp_path / name).touch()
+    files = [tmp_path / f"{i:03}.png" for i in range(4)]
+    found = evaluate.own_files(files[:3], ["a cat"] * 3, [0] * 3)
+    assert [file.name for file in found] == ["shot 8.png", "shot 9.JPG", "shot 10.png"]
+    assert "taken in order, shot 8.png to shot 10.png" in capsys.readouterr().out
+    assert "holds 0 of 4" in refusal(lambda: evaluate.own_files(files, ["a cat"] * 4, [0] * 4))
+
+
 def test_pictures_of_unsafe_concepts_are_blurred_whichever_is_asked_about(copied, tmp_path):
     (tmp_path / "two").mkdir()
     shutil.copy(copied / "run" / WEIGHTS, tmp_path / "two")
