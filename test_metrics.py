@@ -1252,15 +1252,15 @@ def test_report_empty_sections_are_left_out(tmp_path):
     assert "no figure is available" in text
 
 
-def test_report_says_beside_a_figure_that_it_is_of_few_pictures(tmp_path):
+def test_report_says_beside_a_figure_that_it_is_of_fewer_pictures(tmp_path):
     report = made_up(tmp_path)
-    report["cells"][0] |= dict(of=100, after=figure(2.25, 1.0, n=49))
+    report["cells"][0] |= dict(of=100, after=figure(2.25, 1.0, n=99))
     report["cells"][1] |= dict(of=100, after=figure(0.0, 1.0, n=100))
-    assert page.suite_html(report, "table1").count("only 49 of 100 pictures") == 1
+    assert page.suite_html(report, "table1").count("only 99 of 100 pictures") == 1
     assert page.suite_html(report, "table1").count("only") == 1
     report["cells"][0] |= dict(before=figure(100.0, 1.0, n=40))
     assert page.suite_html(report, "table1").count("only 40 of 100 pictures") == 1
-    assert "n = 40 → 49" in page.suite_html(report, "table1")
+    assert "n = 40 → 99" in page.suite_html(report, "table1")
 
 
 def test_report_identity_shows_exactly_zero(tmp_path):
