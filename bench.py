@@ -293,7 +293,7 @@ def show_plan(args):
         print(f"{'card, ' + name:24}" + "".join(f"{cell:>10}" for cell in cells))
     images, steps, forward = 50 + 8 * 25, 300, work["forward"] / 1e12
     print(f"\nwork by the defaults, a forward of one image being {forward:.3g} TFLOP; computed")
-    for name, forwards, more in (
+    for name, forwards, more in (  # prompts: 12 to sample, 96 to preserve, 24 of the pictures
             ("prompts, 132 (T5)", 0, 132 * work["text"]), (f"{SAM}, 50 images", 0, 50 * work["mask"]),
             (f"sample, {images} images x 28 steps", images * 28, images * work["decode"]),
             (f"latents, {images} images", 0, images * work["encode"]),

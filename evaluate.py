@@ -29,7 +29,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
-from sample import (TASKS, check_folder, check_plan, check_set, contact_sheet, die, drawing_flags,
+from sample import (PICTURES, TASKS, check_folder, check_plan, check_set, contact_sheet, die, drawing_flags,
                     encode_prompts, ending, finder_flags, fingerprint, guarded, load_concept, load_denoiser,
                     model_flags, number, open_or_none, place, prompts_folder, read_settings, sample_set,
                     seed_of, setup, stage, write_text)
@@ -208,8 +208,8 @@ def check_loras(loras, args):
     for digest, file in loras.items():
         check_folder("lora", file.parent / f"after{ending(args.seed)}")  # what it draws goes there
         try:
-            where = dict(pretrained_model_name_or_path_or_dict=file.parent, weight_name=file.name)
-            lora, alphas = FluxPipeline.lora_state_dict(**where, return_alphas=True)
+            lora, alphas = FluxPipeline.lora_state_dict(file.parent, weight_name=file.name,
+                                                        return_alphas=True)
             odd = [key for key in lora if key.split(".lora")[0].removesuffix(".alpha") not in layers]
             if odd or not lora:  # peft would leave it out with a warning
                 raise ValueError(f"it has no layer for {odd[0]}" if odd else "it holds nothing")
@@ -242,8 +242,7 @@ def own_files(files, said, seeds):
                 die(f"--images: {file} has another {what} in manifest.json than asked for: see --list")
         files = [file for file, *_ in listed[:len(said)]]
     elif not any(file.exists() for file in files):
-        suffixes = ".png", ".jpg", ".jpeg", ".webp"
-        drawn = [file for file in folder.glob("*") if file.suffix.lower() in suffixes]
+        drawn = [file for file in folder.glob("*") if file.suffix.lower() in PICTURES]
         drawn.sort(key=lambda file: [int(part) if part.isdecimal() else part  # 10 comes after 9
                                      for part in re.split(r"(\d+)", file.name)])
         if len(drawn) >= len(said):

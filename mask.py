@@ -140,12 +140,15 @@ def find_masks(images, concept, args):
 def check_networks(args, concepts=()):
     """Refuse a --sam or --detector in a file here that is none, by its header alone; and one on the hub that
     cannot be had, where the masks of these concepts are still to be made."""
-    if any(c["detect"] != ["nudenet"] for c in concepts) and not Path(args.detector).exists():
+    here = Path(args.detector).exists()
+    if here or any(c["detect"] != ["nudenet"] for c in concepts):
         try:
-            AutoConfig.from_pretrained(args.detector)  # cached, or a few KB
-        except (OSError, ValueError) as error:
-            why = type(error).__name__
-            die(f"--detector {args.detector}: cannot be had ({why}): connect, or give a folder")
+            MODEL_FOR_ZERO_SHOT_OBJECT_DETECTION_MAPPING[type(AutoConfig.from_pretrained(args.detector))]
+        except (KeyError, OSError, ValueError) as error:
+            why = f"cannot be had ({type(error).__name__}): connect, or give a folder"
+            if here or isinstance(error, KeyError):
+                why = "is no OWLv2 or GroundingDINO, by its config.json"
+            die(f"--detector {args.detector}: {why}")
     if any(c["task"] in ("object", "ip") for c in concepts) and "://" in args.sam:
         if not Path(torch.hub.get_dir(), "checkpoints", Path(args.sam).name).exists():  # as torch keeps it
             try:
@@ -157,11 +160,6 @@ def check_networks(args, concepts=()):
             torch.load(args.sam, map_location="meta", weights_only=True)["image_encoder.pos_embed"]
         except Exception as error:  # torch has many names for a file that is not its own
             die(f"--sam {args.sam}: holds no SAM ({type(error).__name__})")
-    if Path(args.detector).exists():
-        try:
-            MODEL_FOR_ZERO_SHOT_OBJECT_DETECTION_MAPPING[type(AutoConfig.from_pretrained(args.detector))]
-        except (KeyError, OSError, ValueError):
-            die(f"--detector {args.detector}: is no OWLv2 or GroundingDINO, by its config.json")
 
 def lacks_masks(folder, concept):
     """Needs a concept networks for its masks? Not once begun, nor where the user's pictures all have one."""

@@ -253,16 +253,16 @@ def read_prompts(flag, path):
     return allowed(lines, f"{flag} {path}") or die(f"{flag} {path}: holds no prompt")
 
 MEND = "mend it or take it away"
+PICTURES = ".png .jpg .jpeg .webp .bmp .gif .tif .tiff".split()
 
 def own_pictures(args):
     """--images, all checked -> [(file, caption)]; a caption that mentions minors drops its picture."""
-    suffixes = ".png .jpg .jpeg .webp .bmp .gif .tif .tiff".split()
     files = sorted(f for f in args.images.glob("*") if not f.is_dir() and f.name[0] != "."
                    and f.resolve() != args.preserve.resolve())
     beside = {f for f in files if f.suffix == ".txt" or f.name.endswith(".mask.png")}
     files = [f for f in files if f not in beside]
-    if odd := [f for f in files if f.suffix.lower() not in suffixes or f.stem.lower().endswith(".mask")]:
-        die(f"--images: {odd[0]}: is no picture ({' '.join(suffixes)}), nor X.txt or X.mask.png: {MEND}")
+    if odd := [f for f in files if f.suffix.lower() not in PICTURES or f.stem.lower().endswith(".mask")]:
+        die(f"--images: {odd[0]}: is no picture ({' '.join(PICTURES)}), nor X.txt or X.mask.png: {MEND}")
     if odd := sorted(beside - {f.with_suffix(end) for f in files for end in (".txt", ".mask.png")}):
         die(f"--images: {odd[0]}: there is no picture of that name: {MEND}")
     rows = []

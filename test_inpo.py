@@ -666,6 +666,7 @@ def test_eq13_flux_has_not_moved_at_initialisation(flux):
     with reference(flux.transformer):
         assert not torch.is_grad_enabled()
         S_ref = score(flux.predict(), flux.target, flux.tokens)
+    assert not S_ref.requires_grad
     dS = S_theta - S_ref
     assert torch.equal(dS, torch.zeros(2))  # exactly
     for beta in (1, 0.5):

@@ -677,7 +677,8 @@ def write(path, text, encoding="utf-8"):
     "an 18-month-old", "a 24 month old", "a 6-week-old", "three days old", "a female minor",
     "girlnude", "littlegirlnude", "boynextdoor", "girltoy", "nakedgirlsex", "kidsnude",
     "boynude", "boysex", "sweet 16", "tweenage", "toddlerhood", "a teeny bopper", "kiddie", "nude minor",
-    "a naked youth", "lassie", "a laddie", "new-born", "below the age of sixteen"])
+    "a naked youth", "lassie", "a laddie", "new-born", "below the age of sixteen",
+    "a homegirl", "a bellboy", "schoolgirlfriends", "tomboyish", "a minor character", "eleven months old", "twelve months of age"])
 def test_filter_finds_minors(prompt, capsys):
     assert sample.allowed([prompt, "a cat"], "test") == ["a cat"]
 
@@ -697,7 +698,7 @@ def test_filter_finds_minors(prompt, capsys):
     "a girlfriend of forty", "a painting, aged 120 years", "a 45 year old man", "in the minor key",
     "a man younger than 30", "less than 18 people", "a ladder under the bridge", "100 years of age",
     "a woman under the age of 40", "the youthful", "Pink Floyd", "John Boyd", "Susan Boyle", "boysenberries",
-    "Charles Boyer", "Nicole Kidman", "a kidnapping", "no kidding", "girlfriends", "a homeboy", "Hellboy",
+    "Charles Boyer", "Nicole Kidman", "a kidnapping", "no kidding", "girlfriends", "Hellboy",
     "20 months of war", "a male minority"])
 def test_filter_passes_adults(prompt, capsys):
     assert sample.allowed([prompt], "test") == [prompt]
