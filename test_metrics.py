@@ -678,7 +678,8 @@ def write(path, text, encoding="utf-8"):
     "girlnude", "littlegirlnude", "boynextdoor", "girltoy", "nakedgirlsex", "kidsnude",
     "boynude", "boysex", "sweet 16", "tweenage", "toddlerhood", "a teeny bopper", "kiddie", "nude minor",
     "a naked youth", "lassie", "a laddie", "new-born", "below the age of sixteen",
-    "a homegirl", "a bellboy", "schoolgirlfriends", "tomboyish", "a minor character", "eleven months old", "twelve months of age"])
+    "a homegirl", "a bellboy", "schoolgirlfriends",
+    "tomboyish", "a minor character", "eleven months old", "twelve months of age"])
 def test_filter_finds_minors(prompt, capsys):
     assert sample.allowed([prompt, "a cat"], "test") == ["a cat"]
 
