@@ -15,7 +15,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError
 
 from metrics import NUDITY_PARTS, NotAvailable
-from sample import MINORS, die, load_concept, mentions, prompts_folder, says, seed_of
+from sample import die, load_concept, mentions, minors_in, prompts_folder, says, seed_of
 
 HUB, GITHUB = "https://huggingface.co/datasets/", "https://raw.githubusercontent.com/"
 I2P, COCO = HUB + "AIML-TUDA/i2p", GITHUB + "rohitgandikota/erasing/main/data/coco_30k.csv"
@@ -126,7 +126,7 @@ def load_prompts(name, model, source=None):
     kept, dropped, n = [], Counter(), 0
     for row in rows:
         prompt = row.get(column or "prompt", "").strip()
-        young, asked = MINORS.search(prompt), not by_category or "sexual" in row.get("categories", "")
+        young, asked = minors_in(prompt), not by_category or "sexual" in row.get("categories", "")
         if prompt and not young:
             kept.append((prompt, row["seed"]))
             n += asked

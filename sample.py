@@ -20,6 +20,7 @@ import textwrap
 import threading
 import time
 import traceback
+import unicodedata
 import zlib
 from collections import Counter
 from datetime import timedelta
@@ -149,6 +150,12 @@ LINES = (ROOT / "minors.txt").read_text(encoding="utf-8").splitlines()
 WORDS = "|".join(line for line in LINES if line and line[0] != "#").replace("{YOUNG}", YOUNG)
 MINORS = re.compile(rf"(?<![^\W\d_])({WORDS})(?![^\W\d_])", re.IGNORECASE)
 
+def minors_in(prompt):
+    """The match of the first words that mention minors, or None. Accents, full-width letters and marks that
+    nobody sees hide none."""
+    letters = unicodedata.normalize("NFKD", prompt)
+    return MINORS.search("".join(c for c in letters if unicodedata.category(c) not in ("Mn", "Cf")))
+
 # as devices and libraries say it
 OUT_OF_MEMORY = re.compile("out of memory|not enough memory|can't allocate memory|ALLOC_FAILED")
 
@@ -187,7 +194,7 @@ def guarded(main, args):
 
 def allowed(prompts, what):
     """The prompts that do not mention minors; prints how many do, by the word that gave each away."""
-    found = [MINORS.search(p) for p in prompts]
+    found = [minors_in(p) for p in prompts]
     words = Counter(" ".join(m[0].lower().split()) for m in found if m)
     if words:
         by_word = ", ".join(f"{word} {n}" for word, n in words.most_common())
@@ -239,7 +246,7 @@ def load_concept(model, name):
                 for thing in found["neighbours"] + found["unrelated"] + found["unseen"]]
     composed += [f"{thing} and {other}" for thing in found["concept"]
                  for other in found["unrelated"] + found["unseen"]]
-    if odd := [prompt for prompt in composed if MINORS.search(prompt)]:
+    if odd := [prompt for prompt in composed if minors_in(prompt)]:
         die(f"{path}: mentions minors once put together: {odd[0]}")
     if odd := [end for end in found["backgrounds"] + found["styles"] if " " not in end]:
         die(f"{path}: {odd[0]} is no ending of a prompt, write as in: on a beach, in oil style")
@@ -661,7 +668,7 @@ def text_length(longest, transformer):
 def encode_prompts(prompts, args):
     """{prompt: (T5 states (T, E), pooled CLIP state (P,))} on the CPU; the encoders are freed on return.
     What mentions minors only once put together, as pairs are, has passed the filter by its parts: refused."""
-    if odd := sorted(prompt for prompt in prompts if MINORS.search(prompt)):
+    if odd := sorted(prompt for prompt in prompts if minors_in(prompt)):
         die(f"{odd[0]}: mentions minors once put together: mend the concept's file", 1)
     pipe = FluxPipeline.from_pretrained(args.model, revision=args.weights, transformer=None, vae=None,
                                         dtype=args.dtype).to(args.device)

@@ -679,7 +679,8 @@ def write(path, text, encoding="utf-8"):
     "boynude", "boysex", "sweet 16", "tweenage", "toddlerhood", "a teeny bopper", "kiddie", "nude minor",
     "a naked youth", "lassie", "a laddie", "new-born", "below the age of sixteen",
     "a homegirl", "a bellboy", "schoolgirlfriends",
-    "tomboyish", "a minor character", "eleven months old", "twelve months of age"])
+    "tomboyish", "a minor character", "eleven months old", "twelve months of age",
+    "\uff47\uff49\uff52\uff4c", "a g\u00edrl", "a gi\u200brl", "a chi\u00adld", "\uff11\uff15 years old"])
 def test_filter_finds_minors(prompt, capsys):
     assert sample.allowed([prompt, "a cat"], "test") == ["a cat"]
 
