@@ -543,8 +543,10 @@ def main(args):
         args.suite.remove("table8")
     args.out = args.out or Path("out") / f"{Path(args.model).name}-base{ending(args.seed)}"
     folder = args.report or (rows[0]["folder"] if args.lora and len(rows) == 1 else args.out / "report")
-    if (folder / "report.json").exists():
-        check_report(folder / "report.json")  # another version's is not overwritten
+    command = shlex.join(["python", "evaluate.py", *sys.argv[1:]])
+    if (folder / "report.json").exists():  # another version's is not overwritten
+        if (earlier := check_report(folder / "report.json")) != command:
+            print(f"{folder}: the report there will be replaced, --report keeps both; it is of: {earlier}")
     args.concept = list(dict.fromkeys(name for row in rows for name in row["forgotten"]))
     if args.list and args.list.is_dir():
         die(f"--list {args.list}: is a folder, give a file")
@@ -610,8 +612,8 @@ def main(args):
     cells = [make_cell(row, column, args) for row in rows for column in row["columns"]]
     public = sorted({name for row in rows for name, one in row["sets"].items() if "seeds" in one})
     report = dict(
-        version=VERSION, command=shlex.join(["python", "evaluate.py", *sys.argv[1:]]), model=args.model,
-        weights=args.weights, seed=args.seed, limit=args.limit, suites=args.suite, compare=bool(args.compare),
+        version=VERSION, command=command, model=args.model, weights=args.weights, seed=args.seed,
+        limit=args.limit, suites=args.suite, compare=bool(args.compare),
         rows=[dict(name=row["name"], lora=str(row["folder"]), concept=row["forgotten"],
                    task=concepts[row["asked"]]["task"]) for row in rows],
         cells=cells, against=list(against(rows)) if args.compare else [], matrices=matrices,

@@ -34,13 +34,15 @@ with open(ROOT / "docs" / "paper.csv", encoding="utf-8", newline="") as lines:
         for line in csv.DictReader(lines)}
 
 def check_report(path):
-    """One line and exit 2 where a file is no report, or one of another version."""
-    made = None
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        made = json.loads(path.read_text(encoding="utf-8"))["version"]
-    if made != VERSION:
-        what = "no report" if made is None else f"a report of version {made}, not {VERSION}"
+    """A report.json -> the command that made it. One line and exit 2 where it is no report, or one of another
+    version."""
+    made = {}
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        made = dict(json.loads(path.read_text(encoding="utf-8")))
+    if made.get("version") != VERSION:
+        what = f"a report of version {made['version']}, not {VERSION}" if "version" in made else "no report"
         die(f"{path}: is {what}; delete it and evaluate again")
+    return made.get("command")
 
 def write_report(report, folder):
     """A dict of plain types (NaN raises a ValueError) -> the three files, each whole, in folder."""

@@ -1895,7 +1895,7 @@ def test_memory_is_planned_before_anything_is_drawn(script, copied, tmp_path, mo
         script.main(script.arguments(["--model", EMOJI, "--out", str(tmp_path / "out"), *given]))
 
 
-def test_second_evaluation_draws_and_scores_nothing(copied, monkeypatch):
+def test_second_evaluation_draws_and_scores_nothing(copied, tmp_path, monkeypatch, capsys):
     first = json.loads((copied / "run" / "report.json").read_text())
     for owner, name in ((sample, "generate"), (evaluate, "encode_prompts"), (evaluate, "load_denoiser"),
                         (evaluate, "find_masks"), (evaluate.metrics, "load_judge"),
@@ -1903,6 +1903,11 @@ def test_second_evaluation_draws_and_scores_nothing(copied, monkeypatch):
         monkeypatch.setattr(owner, name, lambda *a: pytest.fail("work was done again"))
     again = evaluation(copied / "run", copied / "base", "--suite", "concept", "table1")
     assert again["cells"] == first["cells"] and again["matrices"] == first["matrices"]
+    assert "will be replaced" not in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--suite", "table1"])
+    shutil.copy(copied / "run" / "report.json", tmp_path)
+    evaluation(copied / "run", copied / "base", "--suite", "concept", "table1", "--report", str(tmp_path))
+    assert f"will be replaced, --report keeps both; it is of: {first['command']}" in capsys.readouterr().out
 
 
 def test_killed_evaluation_goes_on_and_another_lora_is_not_mixed_in(copied, tmp_path, monkeypatch):
