@@ -797,8 +797,9 @@ def plan_sets(concepts, args):
     forget = [(args.out / "forget" / c["name"], c["name"], c["train"], c.get("pictures", args.n_forget))
               for c in concepts]
     folder = args.preserve_dir or args.out / "preserve"
+    by_name = sorted(concepts, key=lambda c: c["name"])  # the same D_PR in whatever order they were given
     others = {other: [p for t in c["preserve"] if not mentions(p := t.replace("{}", other), concepts)]
-              for c in concepts for other in c["neighbours"] + c["unrelated"]}
+              for c in by_name for other in c["neighbours"] + c["unrelated"]}
     preserve = {name: (folder / name, name, said, args.n_preserve) for name, said in others.items() if said}
     if dropped := [name for name in others if name not in preserve]:
         print(f"to preserve: {len(dropped)} of {len(others)} dropped, they name what is forgotten: " +

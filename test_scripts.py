@@ -839,6 +839,7 @@ def test_preserve_set_never_holds_anothers_target(model, names, tmp_path):
     _, preserve = sample.plan_sets(concepts, args)
     prompts = [prompt for _, _, prompts, _ in preserve for prompt in prompts]
     assert len(preserve) >= 12 and not [p for p in prompts if re.search(r"\bcats?\b", p)]
+    assert sample.plan_sets(concepts[::-1], args)[1] == preserve
     sets, _ = promptsets.plan_images(concepts[1], 100, 3.5, also=concepts[:1])
     asked = [prompt for name in ("preserved", "never seen", "scenes") for prompt in sets[name][0]]
     assert asked and not [p for p in asked if "cat" in p.split()]
