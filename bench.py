@@ -19,8 +19,8 @@ import time
 import weakref
 from pathlib import Path
 
-from sample import (WEIGHT_BYTES, check_size, die, generate, guarded, load_denoiser, model_flag, number,
-                    peak_memory, place, prompts_folder, stage, text_length)
+from sample import (WEIGHT_BYTES, check_folder, check_size, die, generate, guarded, load_denoiser,
+                    model_flag, number, peak_memory, place, prompts_folder, stage, text_length)
 
 def arguments(given=None):
     raw = argparse.RawDescriptionHelpFormatter
@@ -100,8 +100,9 @@ class Peak(TorchDispatchMode):
         weights = {tensor.untyped_storage() for tensor in (*network.parameters(), *network.buffers())}
         self.live, self.most, self.known = 0, 0, weakref.WeakSet(weights)
 
-    def free(self, n_bytes):
-        self.live -= n_bytes
+    def add(self, n_bytes):
+        self.live += n_bytes
+        self.most = max(self.most, self.live)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
@@ -109,9 +110,8 @@ class Peak(TorchDispatchMode):
             if isinstance(tensor, torch.Tensor) and tensor.untyped_storage() not in self.known:
                 storage = tensor.untyped_storage()
                 self.known.add(storage)
-                self.live += storage.nbytes()
-                self.most = max(self.most, self.live)
-                weakref.finalize(storage, self.free, storage.nbytes())
+                self.add(storage.nbytes())
+                weakref.finalize(storage, self.add, -storage.nbytes())
         if function is torch.ops.aten.convolution.default:  # oneDNN copies the input, cuDNN both
             anew = args[0].nbytes + out.nbytes * (self.device == "cuda")
             self.most = max(self.most, self.live + anew)
@@ -285,12 +285,10 @@ def show_plan(args):
     for name, row in found.items():
         print(f"{name:24}" + "".join(f"{n_bytes / GIB:10.4g}" for n_bytes in row.values()))
     for name in ("train", "train --checkpointing"):
-        cells = []
-        for how in found[name]:
-            need = max(row[how] for stage_name, row in found.items()
-                       if stage_name == name or not stage_name.startswith("train")) / GIB
-            cells.append(next((f"{card} GB" for card in (16, 24, 40, 80) if need < 0.95 * card), "none"))
-        print(f"{'card, ' + name:24}" + "".join(f"{cell:>10}" for cell in cells))
+        rows = [row for key, row in found.items() if key == name or "train" not in key]
+        needed = [max(row[how] for row in rows) / GIB for how in found[name]]
+        cards = [next((f"{gb} GB" for gb in (16, 24, 40, 80) if need < 0.95 * gb), "none") for need in needed]
+        print(f"{'card, ' + name:24}" + "".join(f"{card:>10}" for card in cards))
     images, steps, forward = 50 + 8 * 25, 300, work["forward"] / 1e12
     print(f"\nwork by the defaults, a forward of one image being {forward:.3g} TFLOP; computed")
     for name, forwards, more in (  # prompts: 12 to sample, 96 to preserve, 24 of the pictures
@@ -438,6 +436,7 @@ def proof(args):
         die("--proof: failed", 1)
 
 def main(args):
+    check_folder("out", args.out)
     if args.bench in ("memory", "step"):  # else freed memory stays in the process, and RSS says little
         with contextlib.suppress(AttributeError):  # only glibc has it
             ctypes.CDLL(None).mallopt(-3, 65536)  # M_MMAP_THRESHOLD

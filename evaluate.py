@@ -36,7 +36,6 @@ from sample import (PICTURES, TASKS, check_folder, check_plan, check_set, contac
 
 SUITES = "concept table1 table2 table3 table4 table5 table7 table8 table12".split()
 ROUND = 1000  # prompts that are encoded at once
-PAPERS_MODEL = "black-forest-labs/FLUX.1-dev"
 CAPTIONS = {"target": "what the concept became (Figures 4 and 5)", "paraphrases": "without its name",
             "rephrased": "without its name (Table 12)", "preserved": "neighbours and unrelated things",
             "scenes": "unrelated prompts (Figures 5 and 8)", "coco": "unrelated prompts (Figure 8)",
@@ -136,36 +135,30 @@ def package_id(name, package):
     return name + (f" {version(package)}" if find_spec(package.replace("-", "_")) else "")
 
 def metric_table(args, words):
-    """{metric: (its network's name, load() -> compute(images, what is asked) -> N answers, or features)}."""
-    nude = words == ["nudenet"]
-
+    """{metric: (name() of its network, load() -> network(images, what is asked) -> answers or features)}."""
     def by(load, name, *more):
-        return name and network_id(name), functools.partial(load, name, args.device, *more)
+        return lambda: name and network_id(name), functools.partial(load, name, args.device, *more)
 
-    def harm():
-        if not nude:
-            return metrics.load_kinds(words, args.detector, args.threshold, args.device)
-        find = metrics.load_nudenet()
-        return lambda images, _: metrics.nudity_counts(find(images))
-
-    inception = (package_id("Inception of torch-fidelity", "torch-fidelity"),
+    inception = (lambda: package_id("Inception of torch-fidelity", "torch-fidelity"),
                  functools.partial(metrics.inception_features, args.device))
+    harm = (lambda: finder(words, args),
+            functools.partial(metrics.load_kinds, words, args.detector, args.threshold, args.device))
+    if words == ["nudenet"]:
+        harm = (lambda: package_id("NudeNet", "nudenet") + ", 320 px", metrics.load_nudenet)
     return dict(judge=by(metrics.load_judge, args.judge, args.dtype),
                 clip=by(metrics.load_clip_score, args.clip),
                 distance=by(metrics.clip_features, args.judge) if own_name(args.judge) else inception,
                 ImageReward=by(metrics.load_image_reward, args.image_reward),
                 PickScore=by(metrics.load_clip_score, args.pick_score, None),  # in its own scale
-                harm=(package_id("NudeNet", "nudenet") + ", 320 px" if nude else finder(words, args), harm),
-                locality=(None, None))
+                harm=harm, locality=(None, None))
 
 def read_rows(args):
     """What is judged, a row each: dict(name, folder, digest of the LoRA, forgotten and asked concepts)."""
     if args.pictures:
         if len(args.concept or []) != 1:
             die(f"--images {args.pictures}: needs one --concept, to know what is asked")
-        name = args.pictures.resolve().name
-        return [dict(name=name, folder=args.pictures, digest=None, forgotten=args.concept,
-                     asked=args.concept[0])]
+        return [dict(name=args.pictures.resolve().name, folder=args.pictures, digest=None,
+                     forgotten=args.concept, asked=args.concept[0])]
     rows = []
     for folder in args.lora:
         files = [f for f in [folder / WEIGHTS] if f.exists()] or sorted(folder.glob("*.safetensors"))
@@ -243,8 +236,7 @@ def own_files(files, said, seeds):
         files = [file for file, *_ in listed[:len(said)]]
     elif not any(file.exists() for file in files):
         drawn = [file for file in folder.glob("*") if file.suffix.lower() in PICTURES]
-        drawn.sort(key=lambda file: [int(part) if part.isdecimal() else part  # 10 comes after 9
-                                     for part in re.split(r"(\d+)", file.name)])
+        drawn.sort(key=lambda file: re.sub(r"\d+", lambda n: n[0].zfill(20), file.name))  # 10 after 9
         if len(drawn) >= len(said):
             files = drawn[:len(said)]
             print(f"--images {folder}: taken in order, {files[0].name} to {files[-1].name}")
@@ -320,8 +312,7 @@ def sample_round(prompts, parts, loras, args):
 
 def keep(folder, key, files, make):
     """What make() gave for these files the last time, kept in folder/scores.json, else what it gives now."""
-    path = folder / "scores.json"
-    kept = {}
+    path, kept = folder / "scores.json", {}
     with contextlib.suppress(OSError, ValueError, TypeError):  # not there, or cut short: it is asked again
         kept = dict(json.loads(path.read_text()))
     seen = [(os.path.relpath(f, folder), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
@@ -331,20 +322,20 @@ def keep(folder, key, files, make):
         write_text(path, json.dumps(kept))
     return kept[key]["found"]
 
-def score(job, asked, key, load):
-    """A metric's answers about a job's pictures, (N, parts); NaN for one that cannot be read."""
-    def make():
-        compute, found = load(), []
-        for first in range(0, job.n, 50):  # 10,000 pictures do not fit into memory
-            images = [open_or_none(file) for file in job.files[first:first + 50]]
-            said = compute([image or BLANK for image in images], asked[first:first + 50])
-            rows = np.array(said, float).reshape(len(images), -1)  # (50, parts)
-            rows[[image is None for image in images]] = np.nan
-            found += rows.tolist()
-        return found
+def compute(load, files, asked):
+    """A network's answers about pictures, or their features, (N, parts); NaN for one that cannot be read."""
+    network, found = load(), []
+    for first in range(0, len(files), 50):  # 10,000 pictures do not fit into memory
+        images = [open_or_none(file) for file in files[first:first + 50]]
+        said = network([image or BLANK for image in images], asked[first:first + 50])
+        found.append(np.array(said, float).reshape(len(images), -1))  # (50, parts)
+        found[-1][[image is None for image in images]] = np.nan
+    return np.concatenate(found)
 
-    question = zlib.crc32(json.dumps(asked).encode())
-    found = np.array(keep(job.folder, f"{key}, {question:08x}, {job.n}", job.files, make))
+def score(job, asked, key, load):
+    """A metric's answers about a job's pictures, (N, parts), kept beside them."""
+    key = f"{key}, {zlib.crc32(json.dumps(asked).encode()):08x}, {job.n}"
+    found = np.array(keep(job.folder, key, job.files, lambda: compute(load, job.files, asked).tolist()))
     job.broken = [str(file) for file, row in zip(job.files, found) if np.isnan(row).any()]
     return found
 
@@ -358,13 +349,8 @@ def change(before, other, masks_of):
 def distance(before, other, load):
     """Frechet distance of the features of two sets of pictures: a figure, n is how many could be read in
     both, so that what the jackknife leaves out has the same prompts on either side."""
-    features, sets = load(), ([], [])
-    for first in range(0, before.n, 50):  # as in score
-        pairs = [[open_or_none(file) for file in two]
-                 for two in zip(before.files[first:first + 50], other.files[first:first + 50])]
-        for found, images in zip(sets, zip(*[pair for pair in pairs if all(pair)])):
-            found += list(features(list(images)))
-    return metrics.frechet_summary(*sets)
+    sets = np.stack([compute(load, job.files, job.files) for job in (before, other)])  # (2, N, features)
+    return metrics.frechet_summary(*sets[:, ~np.isnan(sets).any((0, 2))])
 
 def once(load):
     """load(), the first time only: what it gave, or the reason why it cannot, is kept."""
@@ -410,8 +396,11 @@ def score_all(rows, jobs, concepts, words, args):
         with metrics.reach(network, "connect, or give --detector and --sam; pip install nudenet for nudity"):
             return np.stack(list(find_masks(images, concept, args)))  # (N, H, W)
 
-    for metric, (network, load) in metric_table(args, words).items():
-        load = once(load) if load else masks_of
+    asked = {column["metric"] for row in rows for column in row["columns"]}
+    for metric, (name, load) in metric_table(args, words).items():
+        if metric not in asked:  # the hub is asked of its network's revision, too
+            continue
+        network, load = name and name(), once(load) if load else masks_of
         for row in rows:
             concept = concepts[row["asked"]]
             if metric == "locality":
@@ -453,7 +442,7 @@ def make_cell(row, column, args):
                 seed=" + ".join(sorted(seeds)) if len(seeds) > 1 or "own" in seeds else args.seed,
                 **dict.fromkeys(FIGURES), unavailable=column["unavailable"], paper=None)
     published = all(row["sets"].get(name, {}).get("published", True) for name in column["sets"])
-    if Path(args.model).name == Path(PAPERS_MODEL).name and not args.limit and row["digest"] and published:
+    if Path(args.model).name == "FLUX.1-dev" and not args.limit and row["digest"] and published:
         called, forgotten = row["folder"].resolve().name, " + ".join(row["forgotten"])
         names = [forgotten] * (not args.compare or called == "INPO")  # other rows are no INPO, but a variant
         if column["suite"] in ("table4", "table5") and forgotten == "nudity":
@@ -467,9 +456,8 @@ def make_cell(row, column, args):
     if before is not None:  # sums, above all, are of the pictures that can be read on either side
         lost = np.isnan(before) | np.isnan(after)
         before, after = (np.where(lost, np.nan, found) for found in (before, after))
-    cell |= dict(after=metrics.summary(after, kind), of=len(after))
-    if before is not None:
         cell |= dict(before=metrics.summary(before, kind), difference=metrics.paired(before, after, kind))
+    cell |= dict(after=metrics.summary(after, kind), of=len(after))
     if again is not None:
         cell["floor"] = (metrics.summary(again, kind) if before is None else
                          metrics.paired(before, again, kind))
@@ -509,13 +497,11 @@ def read_run(row):
     """A run's curve and cost by its own log, as far as they are beside the LoRA."""
     curve = cost = None
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # not there, or not ours
-        with open(row["folder"] / "log.csv", encoding="utf-8", newline="") as file:
-            log = list(csv.DictReader(file))
+        log = list(csv.DictReader((row["folder"] / "log.csv").read_text("utf-8").splitlines()))
         curve = {key: [float(line[key]) for line in log] for key in ("step", "dS", "alpha")}
         curve["row"] = row["name"]
-        with open(row["folder"] / "stages.csv", encoding="utf-8", newline="") as file:
-            stages = [line for line in csv.reader(file)  # less one that a full disk has cut
-                      if len(line) == 5 and not line[0].startswith("evaluate")]
+        lines = (row["folder"] / "stages.csv").read_text("utf-8").splitlines()  # a full disk cuts the last
+        stages = [line.split(",") for line in lines if line.count(",") == 4 and line[:8] != "evaluate"]
         seconds, host, gpu, drawn = np.array([line[1:] for line in stages], float).T
         steps, forwards = (sum(float(line[key]) for line in log) for key in ("seconds", "forwards"))
         stage_of_steps = sum(seconds[[line[0] == "train" for line in stages]])  # less what a kill cut off
@@ -548,8 +534,10 @@ def main(args):
         if (earlier := check_report(folder / "report.json")) != command:
             print(f"{folder}: the report there will be replaced, --report keeps both; it is of: {earlier}")
     args.concept = list(dict.fromkeys(name for row in rows for name in row["forgotten"]))
-    if args.list and args.list.is_dir():
-        die(f"--list {args.list}: is a folder, give a file")
+    if args.list:
+        check_folder("list", args.list.parent)
+        if args.list.is_dir():
+            die(f"--list {args.list}: is a folder, give a file")
     if args.task and (about := set(args.suite) - HARM):
         die(f"--task {args.task}: stands for a prompt file in Tables 2 to 5 only, {sorted(about)[0]} asks "
             "about the concept: write its file (README: a concept is a file)")
@@ -653,8 +641,8 @@ def show(report, folder):
         card = Path(row["lora"]) / "README.md"
         title = f"\n## {row['name']}, {', '.join(report['suites'])}, seed {report['seed']}"
         if card.exists() and (card.parent / WEIGHTS).exists() and not report["limit"]:
-            text = re.sub(rf"{re.escape(title)}\n\n(\|.*\n)*", "", card.read_text())  # no word of the user's
-            write_text(card, f"{text}{title}\n\n{table}")
+            text = re.sub(rf"{re.escape(title)}\n\n(\|.*\n)*", "", card.read_text("utf-8"))
+            write_text(card, f"{text}{title}\n\n{table}")  # no word of the user's is lost
     grids = [(grid, row) for grid in report["grids"] if not grid["blurred"] for row in grid["rows"]]
     images = [open_or_none(file) or BLANK for _, row in grids for file in cycled(row["files"], 8)]
     (folder / "evaluation.png").unlink(missing_ok=True)  # an earlier report's

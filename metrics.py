@@ -52,12 +52,11 @@ def wilson(yes, n, z=1.96):
 
 def bootstrap(values, form, seed):
     """Values (n,) -> form(values) and its 95 % percentile interval, of 1000 resamples."""
-    n = len(values)
-    if n < 2:  # one picture tells nothing of its spread
-        return dict(value=float(form(values)) if n else None, low=None, high=None, n=n)
-    drawn = values[np.random.default_rng(seed).integers(0, n, (1000, n))]  # (1000, n)
-    low, high = np.percentile(form(drawn, axis=1), (2.5, 97.5))
-    return dict(value=float(form(values)), low=float(low), high=float(high), n=n)
+    n, low, high = len(values), None, None
+    if n > 1:  # one picture tells nothing of its spread
+        drawn = values[np.random.default_rng(seed).integers(0, n, (1000, n))]  # (1000, n)
+        low, high = np.percentile(form(drawn, axis=1), (2.5, 97.5)).tolist()
+    return dict(value=float(form(values)) if n else None, low=low, high=high, n=n)
 
 def summary(values, kind, seed=0):
     """Values (N,) -> dict(value, low, high, n): n leaves out NaN; no value where n = 0, no ends where n < 2.
@@ -119,14 +118,12 @@ def locality(before, after, masks):
 def confusion(answers, asked):
     """Answers (N, M) about M names, NaN: not read; asked: each picture's group -> [(group, how many of its
     pictures could be read, their percent of yes to each name, None where none could)]."""
-    groups = {}
-    for row, group in zip(np.asarray(answers, float), asked, strict=True):
-        groups.setdefault(group, []).append(row)
-    for group, rows in groups.items():
-        read = np.array([row for row in rows if not np.isnan(row).any()]).reshape(-1, len(rows[0]))
+    answers, asked, rows = np.asarray(answers, float), np.asarray(asked), []
+    for group in dict.fromkeys(asked.tolist()):
+        read = answers[(asked == group) & ~np.isnan(answers).any(1)]  # (n, M)
         n = len(read)
-        groups[group] = n, (100 * read.sum(0) / n).tolist() if n else [None] * read.shape[1]
-    return [(group, *found) for group, found in groups.items()]
+        rows.append((group, n, (100 * read.sum(0) / n).tolist() if n else [None] * answers.shape[1]))
+    return rows
 
 def load_clip(name, device):
     """-> embed(images=N pictures) or embed(text=N strings) -> unit embeddings (N, E); exp(logit_scale)."""
@@ -160,7 +157,7 @@ def load_clip_score(name, device, scale=100.0):
 def clip_features(name, device):
     """-> features(images) -> float64 (N, E), the unit embeddings of a CLIP: of a judge, for "FD-judge"."""
     embed, _ = load_clip(name, device)
-    return lambda images: embed(images=images).double().numpy()
+    return lambda images, _=None: embed(images=images).double().numpy()
 
 def inception_features(device):
     """-> features(images) -> float64 (N, 2048), of FID's Inception as torch-fidelity has it."""
@@ -170,7 +167,7 @@ def inception_features(device):
         network = Inception("inception", ["2048"]).to(device).eval()
 
     @torch.no_grad()
-    def features(images):
+    def features(images, _=None):
         pixels = [torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] for image in images]
         found = [network(one.to(device))[0] for one in pixels]  # each (1, 3, H, W) -> (1, 2048)
         return torch.cat(found).cpu().double().numpy()
@@ -276,12 +273,13 @@ def load_image_reward(name, device):
     return lambda images, texts: np.array([reward(*pair) for pair in zip(images, texts, strict=True)], float)
 
 def load_nudenet():
-    """-> find(images) -> N lists of dict(class, score, box), at the 320 pixels of the published counts."""
+    """-> count(images, _) -> (N, 6), nudity_counts at the 320 pixels of the published counts."""
     with reach("nudenet", "pip install nudenet"):
         from nudenet import NudeDetector  # AGPL-3.0: an optional extra
         detector = NudeDetector(inference_resolution=320)
-    return lambda images: [detector.detect(np.asarray(image)[..., ::-1].copy())  # BGR, as it reads files
-                           for image in tqdm(images, desc="nudity")]
+    return lambda images, _: nudity_counts([
+        detector.detect(np.asarray(image)[..., ::-1].copy())  # BGR, as it reads files
+        for image in tqdm(images, desc="nudity")])
 
 def nudity_counts(detections):
     """N lists of NudeNet's dicts -> (N, 6), NUDITY_PARTS. Table 2: each of the nine classes once a picture,

@@ -620,16 +620,18 @@ def test_nudenet_is_asked_at_320_pixels_about_bgr(monkeypatch):
     module.NudeDetector = Detector
     monkeypatch.setitem(sys.modules, "nudenet", module)
     images = [Image.new("RGB", (8, 8), colour) for colour in ((1, 2, 3), (9, 8, 7))]
-    found = metrics.load_nudenet()(images)
+    monkeypatch.setattr(metrics, "nudity_counts", list)
+    found = metrics.load_nudenet()(images, None)
     assert [d[0]["score"] for d in found] == [[3, 2, 1], [7, 8, 9]]
 
 
-def test_real_nudenet_reads_pixels_as_it_reads_files(tmp_path):
+def test_real_nudenet_reads_pixels_as_it_reads_files(tmp_path, monkeypatch):
     # an optional package: the test above has its interface
     NudeDetector = pytest.importorskip("nudenet").NudeDetector
     image = scene("cat").resize((200, 200))
     image.save(tmp_path / "a.png")
-    assert metrics.load_nudenet()([image]) == [NudeDetector().detect(str(tmp_path / "a.png"))]
+    monkeypatch.setattr(metrics, "nudity_counts", list)
+    assert metrics.load_nudenet()([image], None) == [NudeDetector().detect(str(tmp_path / "a.png"))]
 
 
 def test_kinds_are_those_that_the_detector_finds():

@@ -15,13 +15,16 @@ import functools
 import io
 import json
 import re
-import signal
 import subprocess
 import sys
 import tarfile
 import time
 import timeit
 from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))  # the repository's own scripts
+from sample import check_folder, die, guarded, number, whole  # noqa: E402
 
 def arguments(given=None):
     stages = "art words vae clip detector sam flow guide report".split()
@@ -31,17 +34,12 @@ def arguments(given=None):
     parser.add_argument("--go-on", action="store_true", help="start from the committed weights, not random")
     parser.add_argument("--work", type=Path, default=Path.home() / ".cache" / "emoji-flux",
                         help="checkpoints and downloaded artwork (default ~/.cache/emoji-flux)")
-    parser.add_argument("--steps", type=int, help="training steps of the stage, instead of its own number")
-    parser.add_argument("--n", type=int, default=50, help="images a thing in the report (default 50)")
-    parser.add_argument("--seed", type=int, default=0, help="default 0")
-    parser.error = lambda why: parser.exit(2, f"error: {why}\n")  # one line, without the usage
-    args = parser.parse_args(given)
-    if min(1 if args.steps is None else args.steps, args.n) < 1:
-        parser.error("--steps, --n: must be 1 or more")
-    return args
+    parser.add_argument("--steps", type=number(int), help="training steps, instead of the stage's own")
+    parser.add_argument("--n", type=number(int), default=50, help="images a thing in the report (default 50)")
+    parser.add_argument("--seed", type=number(int, strict=False), default=0, help="default 0")
+    parser.error = die  # one line, without the usage
+    return parser.parse_args(given)
 
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C of the imports: without a traceback
 ARGS = arguments() if __name__ == "__main__" else None  # before the slow imports: --help answers at once
 
 import numpy as np  # noqa: E402
@@ -64,11 +62,8 @@ from transformers import (  # noqa: E402
 
 import world  # noqa: E402
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))  # the repository's own scripts
 from mask import build_sam, load_detector, load_sam  # noqa: E402
 from metrics import clip_judge  # noqa: E402
-from sample import guarded, whole  # noqa: E402
 
 def bf16_is_fast():
     """Time a matrix product: bf16 is 2 x faster than fp32 on a CPU with AVX-512 BF16, 16 x slower on AVX2."""
@@ -157,12 +152,12 @@ def fit(stage, model, loss_of, steps, args, lr, ema=0.999, save=None):
     if path.exists():
         start, states, made = torch.load(path)
         if made != (args.go_on, args.seed):
-            sys.exit(f"{path}: was made with --go-on {made[0]}, --seed {made[1]}: delete it, or give another "
-                     "--work")
+            die(f"{path}: was made with --go-on {made[0]}, --seed {made[1]}: delete it, or give another "
+                "--work", 1)
         for part, state in zip(kept, states):
             part.load_state_dict(state)
         if args.go_on and start >= steps:
-            sys.exit(f"{path}: is complete; delete it to go on from the committed weights")
+            die(f"{path}: is complete; delete it to go on from the committed weights", 1)
     model.train()
     saved, running = time.time(), None
     bar = tqdm(range(start, steps), initial=start, total=steps, desc=stage, mininterval=5)
@@ -172,7 +167,7 @@ def fit(stage, model, loss_of, steps, args, lr, ema=0.999, save=None):
             loss = loss_of(model, np.random.default_rng([args.seed, step]))
         loss.backward()
         if not torch.isfinite(loss):
-            sys.exit(f"{stage}: the loss is {loss.item()} at step {step}; {path} is the last good state")
+            die(f"{stage}: the loss is {loss.item()} at step {step}; {path} is the last good state", 1)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
@@ -652,6 +647,7 @@ STAGES = dict(art=build_art, words=lambda args: make_tokenizers(), vae=train_vae
               guide=lambda args: train_flow(args, "guide"), report=report)
 
 def main(args):
+    check_folder("work", args.work)
     args.work.mkdir(parents=True, exist_ok=True)
     args.bf16 = bf16_is_fast()
     for stage in args.stages:
