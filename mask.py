@@ -205,14 +205,12 @@ def make_masks(files, concept, args):
     return kept
 
 def main(args):
-    concepts = setup(args)
-    folders = {c["name"]: args.out / "forget" / c["name"] for c in concepts}
-    check_networks(args, [c for c in concepts if lacks_masks(folders[c["name"]], c)])
-    files = {}
+    concepts, files = setup(args), {}
     for concept in concepts:
-        folder = folders[concept["name"]]
-        found = sorted(f for f in folder.glob("*.png") if not f.name.endswith(".mask.png"))
+        folder = args.out / "forget" / concept["name"]
+        found = sorted(folder.glob("*[0-9].png"))  # less their X.mask.png
         files[concept["name"]] = found or die(f"{folder} holds no images; run sample.py first")
+        check_networks(args, [concept] * lacks_masks(folder, concept))
         check_masks(folder, concept, args)
     with lock(args.out), PartialState().main_process_first():
         for concept in concepts:

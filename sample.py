@@ -34,7 +34,7 @@ HUB = dict(detector=("detector", "google/owlv2-base-patch16-ensemble"),
            sam=("sam.pth", "https://dl.fbaipublicfiles.com/segment_anything/sam_vit_h_4b8939.pth"),
            judge=("clip", "llava-hf/llava-1.5-7b-hf"), clip=("clip", "openai/clip-vit-base-patch32"))
 TASKS = ("object", "ip", "style", "nsfw")
-SCRIPTS = ("sample", "mask", "train", "evaluate", "bench")
+SCRIPTS = ("sample", "mask", "train", "evaluate", "bench", "build")
 # --quantize -> bytes of a frozen weight, scales included, where a dtype does not say
 WEIGHT_BYTES = dict(none=None, int8=1.01, nf4=0.57)
 
@@ -137,8 +137,7 @@ if not {"-h", "--help"} & set(sys.argv):  # the other scripts import their flags
     from filelock import FileLock, Timeout
     from huggingface_hub import (HfApi, hf_hub_download, parse_local_safetensors_file_metadata,
                                  snapshot_download)
-    from huggingface_hub.errors import (GatedRepoError, HfHubHTTPError, HFValidationError,
-                                        RepositoryNotFoundError)
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
     from PIL import Image, ImageDraw, ImageOps
     from safetensors import SafetensorError, safe_open
     from tqdm import tqdm
@@ -181,7 +180,7 @@ def guarded(main, args):
         if "gloo" in said and "peer" in said:
             said = "another process has ended; its own line, if it left one, says why"
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or OUT_OF_MEMORY.search(said):
-            if "quantize" not in args:  # mask.py, bench.py
+            if not {"quantize", "weights"} <= vars(args).keys():  # mask.py, bench.py; or setup has not ended
                 die("out of memory; python bench.py --plan says what each stage needs", 1)
             from bench import savings  # which imports train.py, and that this
             print("out of memory: planning which flags need less ...")
@@ -264,16 +263,15 @@ PICTURES = ".png .jpg .jpeg .webp .bmp .gif .tif .tiff".split()
 
 def own_pictures(args):
     """--images, all checked -> [(file, caption)]; a caption that mentions minors drops its picture."""
-    files = sorted(f for f in args.images.glob("*") if not f.is_dir() and f.name[0] != "."
-                   and f.resolve() != args.preserve.resolve())
-    beside = {f for f in files if f.suffix == ".txt" or f.name.endswith(".mask.png")}
-    files = [f for f in files if f not in beside]
-    if odd := [f for f in files if f.suffix.lower() not in PICTURES or f.stem.lower().endswith(".mask")]:
-        die(f"--images: {odd[0]}: is no picture ({' '.join(PICTURES)}), nor X.txt or X.mask.png: {MEND}")
-    if odd := sorted(beside - {f.with_suffix(end) for f in files for end in (".txt", ".mask.png")}):
-        die(f"--images: {odd[0]}: there is no picture of that name: {MEND}")
+    files = sorted(f for f in args.images.glob("[!.]*")
+                   if not f.is_dir() and f.resolve() != args.preserve.resolve())
+    pictures = [f for f in files if f.suffix.lower() in PICTURES and not f.stem.lower().endswith(".mask")]
+    known = {f.with_suffix(end) for f in pictures for end in (f.suffix, ".txt", ".mask.png")}
+    if odd := [f for f in files if f not in known]:
+        die(f"--images: {odd[0]}: is no picture ({' '.join(PICTURES)}), nor the X.txt or X.mask.png of one: "
+            f"{MEND}")
     rows = []
-    for file in files:
+    for file in pictures:
         text, by_mask = file.with_suffix(".txt"), file.with_suffix(".mask.png")
         caption = read_text(text) if text.exists() else (args.caption or "").replace("{}", args.concept[0])
         if not caption.strip():
@@ -295,15 +293,14 @@ def load_concepts(args):
     """The concept of each --concept: its prompt file, or --images; --prompts and --preserve replace parts.
     Without --images (evaluate.py has none) a --task stands for a file: nothing is then asked about it."""
     images, prompts, preserve, task = (getattr(args, k, None) for k in "images prompts preserve task".split())
-    if odd := [name for name in args.concept if re.search(r"[/\\]|^\.*$", name) or len(name) > 80]:
-        die(f"--concept {odd[0]}: names files and folders, take a name without / and \\, of 1 to 80 letters")
+    if odd := [name for name in args.concept
+               if re.search(r"[/\\]|^\.*$", name) or len(os.fsencode(name)) > 80]:
+        die(f"--concept {odd[0]}: names files and folders, take a name without / and \\, of 1 to 80 bytes")
     if prompts and (images or len(args.concept) > 1):
         die(f"--prompts {prompts}: are those of one --concept, without --images")
     if images:
-        missing = [f"--{key}" for key in ("task", "preserve") if not getattr(args, key)]
-        if missing or len(args.concept) > 1:
-            die(f"--images {images}: needs one --concept, --task and --preserve" +
-                f"; {' and '.join(missing)} is missing" * bool(missing))
+        if len(args.concept) > 1 or not (task and preserve):
+            die(f"--images {images}: needs one --concept, --task and --preserve")
         name, = args.concept
         pictures = own_pictures(args)
         captions = [caption for _, caption in pictures]
@@ -408,16 +405,18 @@ def check_model(args):
             info = HfApi().model_info(model, files_metadata=True, timeout=5)
             HfApi().auth_check(model)
             config = Path(hf_hub_download(model, "vae/config.json"))
+            index = Path(hf_hub_download(model, "model_index.json"))
         except GatedRepoError:
             refuse(f"accept its licence on https://huggingface.co/{model}, then hf auth login")
         except (RepositoryNotFoundError, HFValidationError):
             refuse("neither a folder here nor a model on the hub")
-        except HfHubHTTPError as error:  # a token that has expired, say
-            refuse(f"the hub refuses it: {str(error).strip().splitlines()[0]}")
-        except Exception as error:  # every HTTP stack has a class of its own for "no network"
+        except Exception as error:  # every HTTP stack has a class for "no network"; or a token has expired
             cut = f" whole, {missing} is missing or cannot be read" if folder.is_dir() else ""
-            refuse(f"no folder here, not cached{cut}, and the hub cannot be reached "
-                   f"({type(error).__name__}): connect, or pass a folder")
+            refuse(f"no folder here, not cached{cut}, and the hub cannot be reached, or refuses "
+                   f"({(str(error).strip() or type(error).__name__).splitlines()[0]}): connect, or pass a "
+                   "folder")
+        if b"FluxPipeline" not in index.read_bytes():
+            refuse("is no FluxPipeline, by its model_index.json")
         for file in info.siblings:
             if re.fullmatch(r"[^/]+/[^/]+\.safetensors", file.rfilename):
                 count[file.rfilename.split("/")[0]] += file.size / 2  # two bytes a weight there
@@ -453,12 +452,8 @@ def check_plan(args):
 
 def check_folder(flag, path):
     """Refuse a folder that is none, cannot be made, or cannot be written to."""
-    try:
-        path.lstat()
-    except (FileNotFoundError, NotADirectoryError):
-        pass  # the parents say more
-    except OSError as error:  # the name is too long
-        die(f"--{flag} {path}: cannot be made ({error.strerror})")
+    if any(len(os.fsencode(part)) > 255 for part in path.parts):
+        die(f"--{flag} {path}: cannot be made, its name is too long")
     there = next(p for p in (path, *path.absolute().parents) if os.path.lexists(p))
     if not (there.is_dir() and os.access(there, os.W_OK)):
         die(f"--{flag} {path}: {there} is no folder that can be written to")
@@ -537,11 +532,8 @@ def keep_settings(path, settings, **more):
     """Write settings, more that may change from run to run, versions and commit to a json file."""
     packages = "torch diffusers transformers peft accelerate prodigyopt torchao".split()
     versions = dict(python=sys.version.split()[0]) | {name: version(name) for name in packages}
-    commit = ""
-    with contextlib.suppress(OSError):  # no git here
-        git = ["git", "-C", ROOT, "rev-parse", "--show-prefix", "HEAD"]
-        prefix, _, commit = subprocess.run(git, capture_output=True, text=True).stdout.partition("\n")
-        commit = "" if prefix else commit.strip()  # inside of another repository: not ours
+    git = "git --git-dir .git rev-parse --verify HEAD"  # says nothing where the repository is not ours
+    commit = subprocess.run(git, shell=True, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     record = dict(settings=settings, **more, versions=versions, commit=commit)
     write_text(path, json.dumps(record, indent=1, default=str))
 
@@ -632,7 +624,7 @@ def read_image(path):
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, ground), image)
             return image.convert(mode)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # PIL has many names for it
         raise OSError(f"cannot be read ({type(error).__name__})") from error
 
 def open_or_none(path):

@@ -64,7 +64,6 @@ def arguments(given=None):
     output = parser.add_argument_group("output").add_argument
     output("--save-every", type=number(int), help="keep the LoRA of each N-th step (Figure 1)")
     output("--checkpoint-every", type=number(int), default=50, help="default 50")
-    output("--previous-checkpoint", action="store_true", help="go on from the last but one")
     recipe("--fewer-images", action="store_true", help="a fifth of the work: " +
            ", ".join(f"--{key.replace('_', '-')} {value}" for key, value in FEWER.items()))
     args = parser.parse_args(given)
@@ -231,29 +230,26 @@ def train(pipe, forget, preserve, embeds, presets, args, stamp=None):
         transformer.enable_gradient_checkpointing()
     optimizer = make_optimizer(params, args)
     checkpoint, previous = args.out / "checkpoint.pt", args.out / "checkpoint-previous.pt"
-    source = previous if args.previous_checkpoint else checkpoint
     start, rows = 0, []
-    if source.exists():
+    if checkpoint.exists():
         try:
-            state = torch.load(source, map_location="cpu", weights_only=True)
+            state = torch.load(checkpoint, map_location="cpu", weights_only=True)
             if state["stamp"] != stamp:
                 raise ValueError
             set_peft_model_state_dict(transformer, state["lora"])
             optimizer.load_state_dict(state["optimizer"])
             start, rows = state["step"], state["rows"]
         except Exception:  # cut short or foreign: torch has many names for it
-            other = "go on from the one before it with --previous-checkpoint, or " * previous.exists()
-            if source == previous:
-                other = "leave --previous-checkpoint out, or " * checkpoint.exists()
-            die(f"{source}: cannot be read, or is of other settings; {other}delete both to train from step 0",
-                1)
+            other = f"put {previous.name} in its place, or " * previous.exists()
+            die(f"{checkpoint}: cannot be read, or is of other settings; {other}delete it to train from step "
+                "0", 1)
 
     def stop(why):
         good = f"{checkpoint} holds the last good state" if checkpoint.exists() else "nothing was saved yet"
         die(f"{why}; {good}: lower --lr or --eta and use another --out", 1)
 
     if rows and main_process:
-        write_log(rows, args.out / "log.csv")  # it may be lost, or ahead of --previous-checkpoint
+        write_log(rows, args.out / "log.csv")  # it may be lost, or ahead of one that was put back
 
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc="train",
                disable=not main_process)
@@ -289,10 +285,9 @@ def train(pipe, forget, preserve, embeds, presets, args, stamp=None):
         if args.save_every and (step + 1) % args.save_every == 0:
             save_lora(transformer, args.out / f"step-{step + 1}")
         if (step + 1) % args.checkpoint_every == 0 or step + 1 == args.steps:
-            if checkpoint.exists() and source == checkpoint:  # not the broken one
+            if checkpoint.exists():
                 with whole(previous) as half:
                     shutil.copyfile(checkpoint, half)
-            source = checkpoint
             write_log(rows, args.out / "log.csv")
             with whole(checkpoint) as half:  # last: what it finds done is not done again
                 torch.save(dict(lora=get_peft_model_state_dict(transformer), step=step + 1, rows=rows,
@@ -384,8 +379,6 @@ def main(args):
     args.lr = args.lr or dict(prodigy=0.7, adamw=1e-3)[args.optimizer]
     if args.batch % args.accumulate:
         die(f"--accumulate {args.accumulate} does not divide --batch {args.batch}")
-    if args.previous_checkpoint and not (args.out / "checkpoint-previous.pt").exists():
-        die(f"--previous-checkpoint: there is no {args.out / 'checkpoint-previous.pt'}")
     if args.steps < len(concepts):
         die(f"--steps {args.steps}: below the {len(concepts)} concepts, which take turns")
     forget, preserve = plan_sets(concepts, args)
@@ -395,23 +388,21 @@ def main(args):
         die(f"--batch {batch}: above the {args.n_forget} forget (--n-forget) or {preserved} preserved images "
             "(--n-preserve)")
     # what a resumed run may change, and what is each concept's own
-    apart = ("out device save_every checkpoint_every checkpointing accumulate previous_checkpoint offload "
-             "min_found eta gamma tau lambda_prior").split()
+    apart = ("out device save_every checkpoint_every checkpointing accumulate offload min_found eta gamma "
+             "tau lambda_prior").split()
     settings = {k: v for k, v in vars(args).items() if k not in apart}
     settings["processes"] = PartialState().num_processes  # --batch is each one's
     settings["preserved"] = [name for _, name, *_ in preserve]
     made = [check_set(*one, args) for one in forget + preserve]
     shown = [(one["concept"], one["prompts"], one.get("own pictures")) for one in made]  # and their masks
     settings["sets"] = f"{zlib.crc32(json.dumps(shown).encode()):08x}"
-    settings |= {f"{concept['name']}.detect": concept["detect"] for concept in concepts}
-    settings |= {f"{c['name']}.{k}": v for c, preset in zip(concepts, table6) for k, v in preset.items()}
-    turns = len(concepts)
-    settings |= {f"{c['name']}.steps": len(range(i, args.steps, turns)) for i, c in enumerate(concepts)}
+    for i, (concept, preset) in enumerate(zip(concepts, table6)):
+        own = preset | dict(detect=concept["detect"], steps=len(range(i, args.steps, len(concepts))))
+        settings |= {f"{concept['name']}.{key}": value for key, value in own.items()}
     stamp = zlib.crc32(json.dumps(settings, sort_keys=True, default=str).encode())
     # before a checkpoint, images and masks check their own settings
-    ours = "checkpoint.pt", "checkpoint-previous.pt", LORA_WEIGHT_NAME_SAFE, "README.md"
-    there = [name for name in ours if (args.out / name).exists()]
-    there += [folder.name for folder in args.out.glob("step-*")]  # it may have died before a checkpoint
+    ours = "checkpoint*.pt", LORA_WEIGHT_NAME_SAFE, "README.md", "step-*"  # it may lie there before the first
+    there = [file.name for name in ours for file in args.out.glob(name)]
     if there and not (args.out / "args.json").exists():
         die(f"--out {args.out}: holds a {there[0]} and no args.json to tell whose: use another --out")
     if there:
