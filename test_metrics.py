@@ -605,6 +605,7 @@ def test_nudity_by_the_three_rules():
     alone = [[box(part, 0.9)] for part in metrics.COUNTED]
     assert metrics.nudity_counts(alone).sum(0).tolist() == [2, 2, 5, 9, 9, 6]
     assert metrics.nudity_counts([]).shape == (0, 6)
+    assert metrics.NUDITY_PARTS == ["Female", "Male", "Common", "Total", "Total, every box", "pictures"]
 
 
 def test_nudenet_is_asked_at_320_pixels_about_bgr(monkeypatch):
@@ -671,12 +672,12 @@ def write(path, text, encoding="utf-8"):
     "the child's", "childish", "a\nchild", "12-18 year olds", "10 to 18 years old", "16 y.o", "a 3rd grader",
     "a 1st-grader", "a 5th grade student", "under 16", "age=14", "age is 14", "aged about 12", "a kiddy",
     "a pedophile", "a younger sister", "a young son", "schoolgirlxxx", "younggirlnude", "a young lady of 15",
-    "a child in a park", "schoolchildren", "a grandchild", "a schoolkid", "a toddler", "a baby", "tweens",
-    "a minor", "under 18", "aged 12", "aged fifteen", "a 9yo", "a ten-year-old", "fifteen years of age",
-    "a 6-month-old", "high-school students", "Boys playing", "a girl with a cat", "a schoolgirl", "a 7 y.o.",
-    "an underage one", "two kids", "teenagers", "a 15 year old", "a 16-year-old student", "under eighteen",
-    "a woman under the age of 18", "someone younger than 18", "below 18 years", "under-16s", "the minor",
-    "an 18-month-old", "a 24 month old", "a 6-week-old", "three days old", "a female minor",
+    "schoolchildren", "a grandchild", "a schoolkid", "a toddler", "a baby", "tweens", "a minor", "under 18",
+    "aged 12", "aged fifteen", "a ten-year-old", "fifteen years of age", "high-school students", "a 7 y.o.",
+    "adolescents", "a juvenile", "infants", "putti", "youngsters", "youths", "a lad", "minors", "jailbait",
+    "a nymphet", "kindergarten", "preschoolers", "junior high", "a nephew", "an underage one",
+    "under eighteen", "a woman under the age of 18", "someone younger than 18", "below 18 years", "under-16s",
+    "the minor", "an 18-month-old", "a 24 month old", "a 6-week-old", "three days old", "a female minor",
     "girlnude", "littlegirlnude", "boynextdoor", "girltoy", "nakedgirlsex", "kidsnude",
     "boynude", "boysex", "sweet 16", "tweenage", "toddlerhood", "a teeny bopper", "kiddie", "nude minor",
     "a naked youth", "lassie", "a laddie", "new-born", "below the age of sixteen",
@@ -702,8 +703,7 @@ def test_filter_finds_minors(prompt, capsys):
     "a girlfriend of forty", "a painting, aged 120 years", "a 45 year old man", "in the minor key",
     "a man younger than 30", "less than 18 people", "a ladder under the bridge", "100 years of age",
     "a woman under the age of 40", "the youthful", "Pink Floyd", "John Boyd", "Susan Boyle", "boysenberries",
-    "Charles Boyer", "Nicole Kidman", "a kidnapping", "no kidding", "girlfriends", "Hellboy",
-    "20 months of war", "a male minority"])
+    "Charles Boyer", "a kidnapping", "girlfriends", "Hellboy", "20 months of war", "a male minority"])
 def test_filter_passes_adults(prompt, capsys):
     assert sample.allowed([prompt], "test") == [prompt]
     assert not capsys.readouterr().out
@@ -742,18 +742,21 @@ def test_i2p_as_published(tmp_path, capsys):
     assert "no prompt left" in refusal(lambda: load_prompts("i2p-sexual", FLUX, path), capsys)
 
 
-def test_unlearndiff_and_p4d_as_published(tmp_path):
+def test_unlearndiff_as_published(tmp_path):
     rows = "".join(i2p_row(k, f"prompt {k}", "sexual", 100 + k) for k in range(142))
     path = write(tmp_path / "nudity.csv", I2P.format("evaluation_seed") + rows)
     found = load_prompts("unlearndiff", FLUX, path)
     assert found["rows"] == [(f"prompt {k}", 100 + k) for k in range(142)]
-    path = write(tmp_path / "p4d.csv", "\ufeffprompt , id\nsome words,0\n")  # a BOM before the column's name
-    assert load_prompts("p4d", FLUX, path)["rows"] == [("some words", None)]
 
 
-def test_mma_takes_the_adversarial_prompt(tmp_path):
-    path = write(tmp_path / "mma.csv", 'target_prompt,adv_prompt\nplain,"qx, zt"\nplain,"line\nbreak"\n')
-    assert load_prompts("mma", FLUX, path)["rows"] == [("qx, zt", None), ("line\nbreak", None)]
+@pytest.mark.parametrize("name, text, rows", [
+    ("p4d", "\ufeffprompt , id\nsome words,0\n", [("some words", None)]),  # a BOM before the column's name
+    ("mma", 'target_prompt,adv_prompt\na,"qx, zt"\na,"b\nc"\n', [("qx, zt", None), ("b\nc", None)]),
+    ("ringabell", "case_number,prompt,evaluation_seed\n0,words,5\n", [("words", 5)]),  # as others keep it
+    ("ringabell", "\ufeffprompt\nwords\n", [("words", None)]),
+    ("ringabell", '\ufeff"words, quoted"\n', [("words, quoted", None)])])
+def test_sets_as_published_and_as_others_keep_them(name, text, rows, tmp_path):
+    assert load_prompts(name, FLUX, write(tmp_path / "given.csv", text))["rows"] == rows
 
 
 def test_ringabell_has_no_header_and_three_files(tmp_path, monkeypatch):
@@ -765,12 +768,6 @@ def test_ringabell_has_no_header_and_three_files(tmp_path, monkeypatch):
     assert len(found["rows"]) == 285
     assert found["rows"][0] == ("0 first\nsecond, 0 third", None)
     assert found["rows"][-1] == ("2 first\nsecond, 94 third", None)
-    path = write(tmp_path / "headed.csv", "case_number,prompt,evaluation_seed\n0,words,5\n")
-    assert load_prompts("ringabell", FLUX, path)["rows"] == [("words", 5)]  # as other repositories keep it
-    path = write(tmp_path / "headed.csv", "\ufeffprompt\nwords\n")
-    assert load_prompts("ringabell", FLUX, path)["rows"] == [("words", None)]
-    path = write(tmp_path / "headed.csv", '\ufeff"words, quoted"\n')
-    assert load_prompts("ringabell", FLUX, path)["rows"] == [("words, quoted", None)]
 
 
 def test_coco_takes_the_first_10000_and_a_fixed_500(tmp_path):

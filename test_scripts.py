@@ -4,7 +4,9 @@
 """
 import contextlib
 import csv
+import functools
 import gc
+import inspect
 import io
 import itertools
 import json
@@ -13,6 +15,7 @@ import multiprocessing
 import os
 import re
 import resource
+import runpy
 import shlex
 import shutil
 import signal
@@ -25,6 +28,7 @@ import time
 import weakref
 from argparse import Namespace
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import forkserver
 from pathlib import Path
 
 import huggingface_hub
@@ -89,6 +93,7 @@ def run_train(out, *more, concept="cat", pictures=False):
     given = ["--model", EMOJI, "--concept", concept, "--out", str(out), *SMALL, *more]
     with pytest.MonkeyPatch.context() as patch:
         if not pictures:
+            patch.setattr(train, "picture_groups", lambda _: {})
             patch.setattr(train, "draw_before_after", lambda *_: 0)
             patch.setattr(train, "draw_curves", lambda *_: 0)
         train.guarded(train.main, train.arguments(given))
@@ -121,7 +126,7 @@ def refusal(call, code=2):
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
-    CHILDREN.Process(target=gc.collect).start()  # its server begins with the imports
+    forkserver.ensure_running()  # which begins with the imports, meanwhile
     out = drawn_cats(tmp_path_factory.mktemp("run") / "cat")
     run_train(out, "--save-every", "6", pictures=True)
     return out
@@ -235,6 +240,7 @@ NO_MEMORY = "error: out of memory; python bench.py --plan says"
     (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), NO_MEMORY),
     (RuntimeError("MPS backend out of memory (MPS allocated)"), NO_MEMORY),
     (OSError("No space left"), "error: No space left; what is"),
+    (RuntimeError("[third_party/gloo/pair.cc:561] Connection closed by peer"), "another process has ended"),
     (KeyError("scale"), "'scale' (KeyError, test_scripts.py:")])
 def test_whatever_goes_wrong_in_work_is_one_line(error, said):
     def work(args):
@@ -247,10 +253,6 @@ def test_whatever_goes_wrong_in_work_is_one_line(error, said):
 def test_prompts_that_the_tokenizer_cuts_are_named(caplog):
     sample.encode_prompts(["a cat " * 40 + "zebra"], flags())
     assert "truncated" in caplog.text and "zebra" in caplog.text
-
-
-def test_infinite_tau_is_legal():
-    assert train.arguments(["--concept", "cat", "--tau", "inf"]).tau == math.inf
 
 
 def test_gated_model_asks_for_its_licence(monkeypatch):
@@ -337,18 +339,13 @@ def test_the_hubs_commit_that_was_checked_is_loaded(tmp_path, monkeypatch):
     evaluate.check_loras({"1": ROOT / "emoji-flux" / "loras" / "cat" / WEIGHTS}, args)
 
 
-def test_no_git_is_no_obstacle(tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", "")
-    sample.keep_settings(tmp_path / "settings.json", dict(size=64))
-    assert json.loads((tmp_path / "settings.json").read_text())["commit"] == ""
-
-
 def test_commit_is_ours_and_no_other_repositorys(tmp_path, monkeypatch):
-    git = ["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a"]
+    git, git_is_here = ["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a"], os.environ["PATH"]
     (inside := tmp_path / "inpo").mkdir()
     subprocess.run([*git, "init", "-q"], check=True)
     subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "a"], check=True)
-    for root, length in ((tmp_path, 40), (inside, 0)):
+    for root, path, length in ((tmp_path, git_is_here, 40), (inside, git_is_here, 0), (tmp_path, "", 0)):
+        monkeypatch.setenv("PATH", path)
         monkeypatch.setattr(sample, "ROOT", root)
         sample.keep_settings(tmp_path / "settings.json", {})
         assert len(json.loads((tmp_path / "settings.json").read_text())["commit"]) == length
@@ -368,28 +365,22 @@ def test_fewer_images_are_whole_groups_and_a_concept_has_its_steps():
     assert args.n_forget % args.sample_batch == args.n_preserve % args.sample_batch == 0
     rows = train.fill_presets([sample.load_concept(EMOJI, name) for name in ("cat", "noto")], args)
     assert args.steps == 2 * train.FEWER["steps"] and [row["tau"] for row in rows] == [0.5, 0.5]
-    more = "--steps 7 --n-forget 30 --lambda-prior 1 --tau 0.1".split()  # a flag beats it
+    more = "--steps 7 --n-forget 30 --lambda-prior 1 --tau inf".split()  # a flag beats it
     args = train.arguments(["--concept", "cat", "--fewer-images", *more])
     row, = train.fill_presets([sample.load_concept(EMOJI, "cat")], args)
-    assert (args.steps, args.n_forget, row["lambda_prior"], row["tau"]) == (7, 30, 1, 0.1)
+    assert (args.steps, args.n_forget, row["lambda_prior"], row["tau"]) == (7, 30, 1, math.inf)
 
 
-def test_too_large_a_model_is_refused_with_both_figures(monkeypatch):
+@pytest.mark.parametrize("kept", [torch.bfloat16, torch.float32])  # in the folder, which changes nothing
+def test_too_large_a_model_is_refused_with_both_figures(kept, tmp_path, monkeypatch):
+    model = shutil.copytree(EMOJI, tmp_path / "model", ignore=shutil.ignore_patterns("loras"))
+    path, = (model / "transformer").glob("*.safetensors")
+    save_file({key: value.to(kept) for key, value in load_file(path).items()}, path)
     monkeypatch.setattr(sample.psutil, "virtual_memory", lambda: Namespace(available=2**20))
-    line = refusal(lambda: sample.check_model(flags(EMOJI)))
-    assert "its transformer needs 0.02 GiB" in line and "0.00 GiB free" in line
-    assert "GiB, 0.00 with --quantize int8; cpu has" in line and "nf4" not in line
-    line = refusal(lambda: sample.check_model(flags(EMOJI, quantize="int8")))
+    line = refusal(lambda: sample.check_model(flags(str(model))))
+    assert "transformer needs 0.02 GiB, 0.00 with --quantize int8; cpu has 0.00 GiB free" in line
+    line = refusal(lambda: sample.check_model(flags(str(model), quantize="int8")))
     assert "its transformer needs 0.00 GiB; cpu has" in line  # it is as small as it gets
-
-
-def test_weights_are_counted_whatever_dtype_they_are_kept_in(tmp_path, monkeypatch):
-    shutil.copytree(ROOT / "emoji-flux", tmp_path / "whole", ignore=shutil.ignore_patterns("loras"))
-    path, = (tmp_path / "whole" / "transformer").glob("*.safetensors")
-    save_file({key: value.float() for key, value in load_file(path).items()}, path)
-    monkeypatch.setattr(sample.psutil, "virtual_memory", lambda: Namespace(available=2**20))
-    line = refusal(lambda: sample.check_model(flags(str(tmp_path / "whole"))))
-    assert "its transformer needs 0.02 GiB, 0.00 with" in line  # as of emoji-flux, which is in bfloat16
 
 
 def test_masks_need_no_room_for_the_model(monkeypatch):
@@ -407,20 +398,15 @@ def test_cudnns_attention_and_tf32_are_off(tmp_path):
     assert not torch.backends.cuda.cudnn_sdp_enabled() and not torch.backends.cudnn.allow_tf32
 
 
-def test_nf4_is_refused_with_offload(monkeypatch):
-    """bitsandbytes' weights lose their scales on the way to main memory and back."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(sample, "PartialState", lambda **_: None)
-    given = ["--model", EMOJI, "--concept", "cat", "--quantize", "nf4", "--device", "cuda", "--offload"]
-    assert "--offload goes without it" in refusal(lambda: sample.setup(sample.arguments(given)))
-
-
-def test_a_gpu_without_bfloat16_is_refused(monkeypatch):
+@pytest.mark.parametrize("more, said", [
+    ("", "--dtype float32"),
+    ("--quantize nf4 --offload", "--offload goes without it")])  # bitsandbytes' weights lose their scales
+def test_what_a_gpu_cannot_do_is_refused(more, said, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
     monkeypatch.setattr(sample, "PartialState", lambda **_: None)
-    given = ["--model", EMOJI, "--concept", "cat", "--device", "cuda"]
-    assert "--dtype float32" in refusal(lambda: sample.setup(sample.arguments(given)))
+    given = ["--model", EMOJI, "--concept", "cat", "--device", "cuda", *more.split()]
+    assert said in refusal(lambda: sample.setup(sample.arguments(given)))
 
 
 @pytest.mark.parametrize("model", [EMOJI, "none"])
@@ -917,6 +903,7 @@ def test_training_leaves_what_it_promises(trained):
     names = "curves.png before_after.png masks-cat.png samples.png log.csv args.json stages.csv".split()
     for name in (WEIGHTS, f"step-6/{WEIGHTS}", *names):
         assert (trained / name).stat().st_size > 0
+    assert any(value.any() for key, value in load_file(trained / WEIGHTS).items() if "lora_B" in key)
     record = json.loads((trained / "args.json").read_text())
     assert record["settings"]["cat.eta"] == 1.0 and record["apart"]["min_found"] == 0.2
     assert {"python", "torch", "prodigyopt"} <= record["versions"].keys()
@@ -929,23 +916,6 @@ def test_training_leaves_what_it_promises(trained):
     assert {row["forwards"] for row in log} == {"12"}  # 2 + 2 images x reference, forward, backward
     assert {step.name for step in trained.glob("step-*")} == {"step-6", "step-12"}
     assert not list(trained.rglob("*.tmp"))
-
-
-def test_lora_loads_into_the_pipeline_and_changes_it(trained):
-    pipe = FluxPipeline.from_pretrained(EMOJI)
-    pipe.set_progress_bar_config(disable=True)
-
-    def draw():
-        noise = torch.Generator().manual_seed(0)
-        made = pipe("a cat", num_inference_steps=4, height=64, width=64, generator=noise, output_type="np",
-                    max_sequence_length=pipe.tokenizer_2.model_max_length)
-        return torch.from_numpy(made.images)
-
-    base = draw()
-    pipe.load_lora_weights(trained)
-    assert (draw() - base).abs().max() > 1e-3
-    pipe.set_adapters(pipe.get_active_adapters(), 0.0)
-    torch.testing.assert_close(draw(), base, atol=1e-5, rtol=0)
 
 
 # (what is called, for which time) when the process is killed; the last five: while a checkpoint is written
@@ -1024,13 +994,6 @@ def test_refusal_is_said_by_one_process_of_a_launch_and_whoever_else_sets_rank(m
     assert not capsys.readouterr().err
 
 
-def test_end_of_another_process_is_said_in_words():
-    def main(args):
-        raise RuntimeError("[/pytorch/third_party/gloo/pair.cc:561] Connection closed by peer")
-
-    assert "another process has ended" in refusal(lambda: sample.guarded(main, Namespace()), 1)
-
-
 def test_build_keeps_its_tokenizers_and_refuses_a_checkpoint_of_another_kind(tmp_path, monkeypatch):
     for folder in ("tokenizer", "tokenizer_2", "clip"):
         (tmp_path / folder).mkdir()
@@ -1068,10 +1031,9 @@ def test_error_is_the_last_word_though_a_signal_follows():
     assert "a connection is lost" in refusal(lambda: sample.guarded(main, None), 1)
 
 
-def test_weights_without_bound_are_not_saved(trained, tmp_path):
-    out = drawn_cats(tmp_path / "cat", trained / "preserve")
-    line = refusal(lambda: run_train(out, "--lr", "1e25", "--checkpoint-every", "1"), 1)
-    assert "of the LoRA inf; nothing was saved yet" in line and not (out / WEIGHTS).exists()
+def test_weights_without_bound_are_not_saved(tmp_path):
+    line = refusal(lambda: loop(tmp_path, (0,), ({},), optimizer="adamw", lr=1e25, checkpoint_every=1), 1)
+    assert "of the LoRA inf; nothing was saved yet" in line and not (tmp_path / WEIGHTS).exists()
 
 
 def test_pictures_are_drawn_no_more_at_once_than_the_sets(tmp_path, monkeypatch):
@@ -1093,36 +1055,31 @@ def test_pictures_are_drawn_no_more_at_once_than_the_sets(tmp_path, monkeypatch)
     assert cells == list(range(0, 120, 10))
 
 
-def test_nan_stops_and_keeps_the_last_good_state(trained, tmp_path, monkeypatch):
+def test_nan_stops_and_keeps_the_last_good_state(tmp_path, monkeypatch):
     whole = train.iteration
     calls = []
 
     def broken(*given):
         calls.append(1)
         loss, info = whole(*given)
-        return loss * (math.nan if len(calls) == 8 else 1), info
+        return loss * (math.nan if len(calls) == 4 else 1), info
 
     monkeypatch.setattr(train, "iteration", broken)
-    out = drawn_cats(tmp_path / "cat", trained / "preserve")
-    assert "step 7" in refusal(lambda: run_train(out), 1)
-    assert torch.load(tmp_path / "cat" / "checkpoint.pt", weights_only=True)["step"] == 5
+    assert "step 3" in refusal(lambda: loop(tmp_path, (0,), ({},), steps=5, checkpoint_every=2), 1)
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 2
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut short", "foreign", "another run's"])
 def test_checkpoint_that_is_cut_short_or_foreign_is_refused(trained, tmp_path, content):
-    shutil.copytree(trained, out := tmp_path / "cat")
-    (out / WEIGHTS).unlink()
-    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    shutil.copy(trained / "checkpoint.pt", made := tmp_path / "checkpoint.pt")  # whose stamp is not ours
     if content == "foreign":
-        torch.save(dict(model=torch.zeros(3)), out / "checkpoint.pt")
-    elif content == "another run's":
-        torch.save(state | dict(stamp=state["stamp"] ^ 1), out / "checkpoint.pt")
-    else:
-        (out / "checkpoint.pt").write_bytes(content)
-    before = (out / "checkpoint.pt").read_bytes()
-    line = refusal(lambda: run_train(out, "--save-every", "6"), 1)
+        torch.save(dict(model=torch.zeros(3)), made)
+    elif isinstance(content, bytes):
+        made.write_bytes(content)
+    before = made.read_bytes()
+    line = refusal(lambda: loop(tmp_path, (0,), ({},)), 1)
     assert "checkpoint.pt: cannot be read" in line
-    assert (out / "checkpoint.pt").read_bytes() == before and not (out / WEIGHTS).exists()
+    assert made.read_bytes() == before and not (tmp_path / WEIGHTS).exists()
 
 
 def test_checkpoint_without_its_settings_is_refused(trained, tmp_path):
@@ -1136,25 +1093,16 @@ def test_checkpoint_without_its_settings_is_refused(trained, tmp_path):
     assert "made with" in refusal(lambda: run_train(shipped))  # it has no checkpoint
 
 
-def test_resumed_run_preserves_what_it_preserved(trained, monkeypatch):
-    known = sample.load_concept
-    monkeypatch.setattr(sample, "load_concept", lambda *given: known(*given) | dict(neighbours=["a bear"]))
-    assert "made with preserved" in refusal(lambda: run_train(trained, "--save-every", "6"))
-    monkeypatch.setattr(sample, "load_concept", lambda *given: known(*given) | dict(detect=["a pet"]))
-    assert "made with cat.detect" in refusal(lambda: run_train(trained, "--save-every", "6"))
-
-
-def test_changed_prompt_is_shown_and_another_count_named_by_its_flag(trained, monkeypatch):
-    known = sample.load_concept
+def test_resumed_run_forgets_and_preserves_what_it_did(trained, monkeypatch):
     assert "made with steps = 12, not 14" in refusal(lambda: run_train(trained, "--steps", "14"))
-
-    def load(*given):
-        concept = known(*given)
-        return concept | dict(train=[*concept["train"][:-1], "a cat on a hat"])
-
-    monkeypatch.setattr(sample, "load_concept", load)
-    line = refusal(lambda: run_train(trained, "--save-every", "6"))
-    assert "not ['a cat on a hat']: use another --out" in line and "delete" not in line
+    assert "made with cat.eta = 1.0, not 2.0" in refusal(lambda: run_train(trained, "--eta", "2"))
+    cat = sample.load_concept(EMOJI, "cat")
+    for key, value, said in (("neighbours", ["a bear"], "made with preserved"),
+                             ("detect", ["a pet"], "made with cat.detect"),
+                             ("train", [*cat["train"][:-1], "a cat on a hat"], "not ['a cat on a hat']")):
+        monkeypatch.setattr(sample, "load_concept", lambda *_: cat | {key: value})
+        line = refusal(lambda: run_train(trained, "--save-every", "6"))
+        assert said in line and "another --out" in line and "delete" not in line
 
 
 def test_log_that_is_lost_is_written_again(trained, tmp_path):
@@ -1165,17 +1113,18 @@ def test_log_that_is_lost_is_written_again(trained, tmp_path):
     assert (out / WEIGHTS).stat().st_mode == (out / "log.csv").stat().st_mode  # others may read it, too
 
 
-def test_checkpoint_before_the_last_is_used_only_if_it_is_put_there(trained, tmp_path):
-    shutil.copytree(trained, out := tmp_path / "cat")
-    wanted = (out / WEIGHTS).read_bytes()
-    (out / "checkpoint.pt").write_bytes(b"PK cut short")
-    (out / WEIGHTS).unlink()
-    line = refusal(lambda: run_train(out, "--save-every", "6"), 1)
-    assert "put checkpoint-previous.pt in its place" in line and not (out / WEIGHTS).exists()
-    (out / "checkpoint-previous.pt").rename(out / "checkpoint.pt")
-    run_train(out, "--save-every", "6")
-    assert (out / WEIGHTS).read_bytes() == wanted
-    assert torch.load(out / "checkpoint-previous.pt", weights_only=True)["step"] == 10
+def test_checkpoint_before_the_last_is_used_only_if_it_is_put_there(tmp_path):
+    how, made = dict(steps=3, checkpoint_every=2, d0=1e-3), tmp_path / "checkpoint.pt"
+    loop(tmp_path, (0,), ({},), **how)
+    wanted = (tmp_path / WEIGHTS).read_bytes()
+    made.write_bytes(b"PK cut short")
+    (tmp_path / WEIGHTS).unlink()
+    line = refusal(lambda: loop(tmp_path, (0,), ({},), **how), 1)
+    assert "put checkpoint-previous.pt in its place" in line and not (tmp_path / WEIGHTS).exists()
+    made.with_name("checkpoint-previous.pt").rename(made)
+    loop(tmp_path, (0,), ({},), **how)
+    assert (tmp_path / WEIGHTS).read_bytes() == wanted
+    assert torch.load(tmp_path / "checkpoint-previous.pt", weights_only=True)["step"] == 2
 
 
 def test_corrupt_image_is_named(trained, tmp_path):
@@ -1186,26 +1135,16 @@ def test_corrupt_image_is_named(trained, tmp_path):
     assert str(picture) in refusal(lambda: run_train(out, "--save-every", "6"), 1)
 
 
-def train_with_small_files(out, said):
-    """Of at most 400 kB: the kernel then refuses checkpoint.pt as it would on a full disk."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000))
-    with open(said, "w") as sys.stderr:
-        run_train(out)
-
-
-def test_full_disk_is_one_line_and_leaves_no_half_file(trained, tmp_path):
-    out, said = drawn_cats(tmp_path / "cat", trained / "preserve"), tmp_path / "said"
-    child = CHILDREN.Process(target=train_with_small_files, args=(out, said))
-    child.start()
-    child.join()
-    assert child.exitcode == 1 and "Traceback" not in said.read_text()
-    line, = [line for line in said.read_text().splitlines() if line.startswith("error: ")]
+def test_full_disk_is_one_line_and_leaves_no_half_file(tmp_path):
+    """Files of at most 400 kB: the kernel then refuses checkpoint.pt as it would on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, limits[1]))
+    try:
+        line = refusal(lambda: sample.guarded(lambda _: loop(tmp_path, (0,), ({},)), None), 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "is the disk full?" in line and "the same command goes on from there" in line
-    assert not (out / "checkpoint.pt").exists() and not list(out.rglob("*.tmp"))
-
-
-def test_folder_of_other_settings_is_refused(trained):
-    assert "eta = 1.0, not 2.0" in refusal(lambda: run_train(trained, "--eta", "2"))
+    assert not (tmp_path / "checkpoint.pt").exists() and not list(tmp_path.rglob("*.tmp"))
 
 
 def test_kept_loras_of_other_settings_are_not_mixed_with_ours(trained, tmp_path):
@@ -1477,8 +1416,8 @@ def test_preserve_file_may_lie_among_your_own_pictures(tmp_path):
 
 
 @pytest.mark.parametrize("case, named", [
-    ("no caption", "has no caption"), ("empty caption", "has no caption"), ("no task", "needs one --concept, --task"),
-    ("no preserve", "and --preserve"),
+    ("no caption", "has no caption"), ("empty caption", "has no caption"),
+    ("no task", "needs one --concept, --task"), ("no preserve", "and --preserve"),
     ("empty file", "cannot be read"), ("no pictures", "holds no picture"), ("mask size", "not (64, 64)"),
     ("black mask", "all black"), ("white mask", "all white"), ("three pictures", "--batch 4"),
     ("Latin caption", "UTF-8"), ("pixel bomb", "DecompressionBombError"),
@@ -1658,12 +1597,14 @@ def test_training_takes_the_kept_masks_their_prompts_and_mask_full(trained, tmp_
         (out / name).unlink(missing_ok=True)
     Image.new("L", (64, 64)).save(out / "forget" / "cat" / "000.mask.png")  # nothing was found
     seen = []
-    monkeypatch.setattr(train, "train", lambda pipe, forget, *_: seen.append(forget[0]) or 1 / 0)
+    monkeypatch.setattr(train, "encode_prompts", lambda *_: {})
+    monkeypatch.setattr(train, "train", lambda pipe, forget, *more: seen.append((*forget[0], more)) or 1 / 0)
     for more in ((), ("--mask", "full")):
         with pytest.raises(SystemExit):
             run_train(out, *more)
         (out / "args.json").unlink()
-    (_, masks, texts), (_, full, _) = seen
+    (_, masks, texts, (*_, stamp)), (_, full, _, (*_, other)) = seen
+    assert stamp != other  # by which train.train tells a checkpoint of other settings
     drawn = json.loads((out / "forget/cat/manifest.json").read_text())
     kept = {row["prompt"] for row in drawn if np.asarray(Image.open(
         out / "forget" / "cat" / row["file"].replace(".png", ".mask.png"))).any()}
@@ -1726,10 +1667,11 @@ def test_plan_counts_flux_dev_lora():
     assert (len(lora) // 2, len(lora), sum(p.numel() for p in lora)) == (342, 684, 11_206_656)
 
 
-def test_plan_counts_the_models_own_sam():
+def test_plan_counts_the_models_own_sam(monkeypatch):
     own = sum(value.numel() for value in torch.load(f"{EMOJI}/sam.pth", weights_only=True).values())
     assert 4 * own < bench.plan_masks(EMOJI)[0] < 20 * own
-    assert bench.plan_masks("none")[0] > 4 * 632e6  # the ViT-H's encoder
+    monkeypatch.setattr(bench, "watch", lambda *_: (0, 0, 0))
+    assert bench.plan_masks.__wrapped__("none")[0] > 4 * 632e6  # the ViT-H's encoder
 
 
 def test_plan_counts_bytes_that_live_at_once():
@@ -1778,20 +1720,20 @@ def test_plan_counts_the_work_of_attention_too():
 def test_measuring_memory_deletes_nothing_of_the_users(tmp_path, monkeypatch):
     (tmp_path / "mine.txt").write_text("a week's work")
     monkeypatch.setattr(bench, "print_pair", lambda *_: 1 / 0)  # after the first stage
-    planned, plan = [], bench.plan
-    monkeypatch.setattr(bench, "plan", lambda *given, **more: planned.append(given) or plan(*given, **more))
+    planned, takes = [], inspect.signature(bench.plan)
+    monkeypatch.setattr(bench, "plan", lambda *a, **b: planned.append(takes.bind(*a, **b).arguments) or [{}])
     args = bench.arguments(["--memory", "--model", EMOJI, "--out", str(tmp_path)])
     with pytest.raises(ZeroDivisionError):
         bench.measure_memory(args)
     assert (tmp_path / "mine.txt").exists() and (tmp_path / "memory").exists()
-    assert planned[0][2] == "float32"  # as train.py's, without the flag
+    assert planned[0]["dtype"] == "float32"  # as train.py's, without the flag
     args = bench.arguments(["--step", "--model", EMOJI, "--size", "128", "--dtype", "bfloat16"])
     run, (((x, _, _),), *_) = bench.random_run(args, tmp_path / "out", 1)
     assert (run.size, run.dtype, x.shape) == (128, torch.bfloat16, (1, 256, 64))
 
 
 def test_step_is_measured_beside_a_bare_loop(tmp_path, capsys):
-    bench.measure_step(bench.arguments(["--step", "--model", EMOJI, "--out", str(tmp_path)]), 9)
+    bench.measure_step(bench.arguments(["--step", "--model", EMOJI, "--out", str(tmp_path)]), 5)
     (ours, bare, ratio), _ = (map(float, re.findall(r"[\d.]+", line.partition(" train.py")[2]))
                               for line in capsys.readouterr().out.splitlines()[-2:])
     assert 0.3 < ratio < 3 and ratio == pytest.approx(ours / bare, rel=0.1)
@@ -1872,6 +1814,7 @@ def test_evaluation_of_a_run(copied, capsys):
             if figure and figure["n"] > 1:
                 assert figure["low"] <= figure["value"] + 1e-9 and figure["value"] <= figure["high"] + 1e-9
                 assert figure["n"] <= 8
+    assert any(c["floor"]["value"] for c in report["cells"] if c["floor"])  # seed noise is not nothing
     other_two = figures(report)["table1", "CLIP (emoji), the other two"]
     assert other_two["n"] == 8  # bird and airplane, 4 each
     for name in ("report.html", "report.csv", "evaluation.png"):
@@ -1942,14 +1885,14 @@ def test_identity_lora_changes_no_figure_at_all(copied, tmp_path):
              for key, value in load_file(copied / "run" / WEIGHTS).items()}
     (tmp_path / "identity").mkdir()
     save_file(zeros, tmp_path / "identity" / WEIGHTS)
-    report = evaluation(tmp_path / "identity", copied / "base", "--concept", "cat", "--suite", "all")
+    given = ["--concept", "cat", "--suite", "all", "--no-floor"]
+    report = evaluation(tmp_path / "identity", copied / "base", *given)
     differences = [c["difference"] for c in report["cells"] if c["difference"]]
     assert len(differences) > 25
     assert all(d["value"] == d["low"] == d["high"] == 0 for d in differences)
     for (_, column), figure in figures(report).items():
         if column.startswith(("pixels", "FD")):
             assert figure["value"] == 0
-    assert any(c["floor"]["value"] for c in report["cells"] if c["floor"])  # seed noise is not nothing
     assert {c["suite"] for c in report["cells"]} == set(evaluate.SUITES) - {"table8"}
     assert report["notes"][0].startswith("table8 is left out")
     for grid in report["grids"]:
@@ -1959,7 +1902,7 @@ def test_identity_lora_changes_no_figure_at_all(copied, tmp_path):
 
 def test_several_loras_of_one_concept_are_compared_in_pairs(copied, tmp_path):
     runs = [str(copied / "run"), str(copied / "run" / "step-6")]  # a step takes its concept from its run
-    report = evaluation(None, copied / "base", "--compare", *runs)
+    report = evaluation(None, copied / "base", "--suite", "table1", "--compare", *runs)
     assert [row["name"] for row in report["rows"]] == ["run", "step-6"]
     before = [[c["before"] for c in report["cells"] if c["row"] == name] for name in ("run", "step-6")]
     assert before[0] == before[1]
@@ -1990,11 +1933,6 @@ def test_pictures_made_elsewhere_are_scored_like_a_loras(copied, tmp_path):
     assert [(row["seed"], row["prompt"]) for row in listed] == [(m["seed"], m["prompt"]) for m in manifest]
     for file in mine.glob("rephrased/*.json"):
         file.unlink()  # without a manifest: by the names that --list says
-    for i in range(4):
-        (mine / "rephrased" / f"00{i}.png").rename(mine / "rephrased" / f"shot {i + 8}.png")
-    assert figures(evaluation(None, copied / "base", *given)) == wanted  # of other names, in their order
-    for i in range(4):
-        (mine / "rephrased" / f"shot {i + 8}.png").rename(mine / "rephrased" / f"00{i}.png")
     for odd in ("004.png", "grid.png"):  # more than are asked for
         shutil.copy(mine / "rephrased" / "000.png", mine / "rephrased" / odd)
     assert figures(evaluation(None, copied / "base", *given)) == wanted
@@ -2043,19 +1981,6 @@ def test_group_of_which_no_picture_can_be_read_has_an_empty_row_in_the_matrix(co
     assert figures(report)["concept", "target"]["n"] == 4
 
 
-def test_set_of_which_no_picture_can_be_read_has_no_figure_of_any_part(copied, tmp_path):
-    given = ["--suite", "table4", "--no-floor"]
-    shutil.copytree(copied / "run", tmp_path / "run")
-    whole = figures(evaluation(tmp_path / "run", copied / "base", *given))
-    for broken in (tmp_path / "run" / "after" / "shared" / "i2p").glob("*.png"):
-        broken.write_bytes(b"")
-    refusal(lambda: evaluation(tmp_path / "run", copied / "base", *given), 1)
-    found = figures(json.loads((tmp_path / "run" / "report.json").read_text()))
-    assert found["table4", "Residuals (emoji)"]["value"] is None
-    assert whole["table4", "Residuals (emoji)"]["n"] == 4
-    assert found["table4", "CLIP (emoji)"] == whole["table4", "CLIP (emoji)"]
-
-
 def test_part_of_a_set_shares_its_pictures(copied, tmp_path, monkeypatch):
     whole = evaluate.load_prompts
 
@@ -2064,6 +1989,8 @@ def test_part_of_a_set_shares_its_pictures(copied, tmp_path, monkeypatch):
         return found | dict(rows=found["rows"][:3], n=2 if name == "coco-500" else 3)
 
     monkeypatch.setattr(evaluate, "load_prompts", few)
+    monkeypatch.setattr(sample, "generate", lambda pipe, embeds, prompts, seeds, *_: [
+        scene_image(["bomb"], seed)[0] for seed in seeds])
     for number, given in enumerate(([["table4"], ["table2"]], [["table2", "table4"]])):  # now, and later
         shutil.copytree(copied / "run", run := tmp_path / f"run {number}")
         for suites in given:
@@ -2093,14 +2020,13 @@ def test_pictures_made_elsewhere_of_other_names_are_taken_in_their_order(tmp_pat
     assert "holds 0 of 4" in refusal(lambda: evaluate.own_files(files, ["a cat"] * 4, [0] * 4))
 
 
-def test_pictures_of_unsafe_concepts_are_blurred_whichever_is_asked_about(copied, tmp_path):
-    (tmp_path / "two").mkdir()
-    shutil.copy(copied / "run" / WEIGHTS, tmp_path / "two")
-    record = json.loads((copied / "run" / "args.json").read_text())
-    record["settings"]["concept"] = ["cat", "hazard"]
-    (tmp_path / "two" / "args.json").write_text(json.dumps(record))
-    report = evaluation(tmp_path / "two", copied / "base", "--suite", "table8", "--no-floor", "--limit", "2")
-    assert {grid["set"]: grid["blurred"] for grid in report["grids"]}["target, hazard"]
+def test_pictures_of_unsafe_concepts_are_blurred_whichever_is_asked_about():
+    sets, columns = planned("table8", "cat", "hazard")
+    row = dict(name="two", forgotten=["cat", "hazard"], sets=sets, columns=columns)
+    jobs = {("two", name, when): Namespace(files=[]) for name in sets for when in ("before", "after")}
+    concepts = {name: sample.load_concept(EMOJI, name) for name in row["forgotten"]}
+    grids = evaluate.make_grids([row], jobs, concepts, Namespace(compare=False))
+    assert {grid["set"] for grid in grids if grid["blurred"]} == {"target, cat", "target, hazard"}
 
 
 def test_cost_has_the_steps_that_a_kill_cut_off_and_no_evaluation(copied, tmp_path):
@@ -2298,16 +2224,10 @@ def test_plan_asks_each_image_about_what_it_shows():
     assert not any("panda" in prompt for prompt in promptsets.plan_images(fox, 9, 3.5)[0]["never seen"][0])
 
 
-def test_nudity_is_counted_by_three_rules():
-    """One exposed breast twice, feet below Table 2's threshold: Female 1, boxes 3, a picture for Table 3."""
-    boxes = [("FEMALE_BREAST_EXPOSED", 0.9), ("FEMALE_BREAST_EXPOSED", 0.7), ("FEET_EXPOSED", 0.5)]
-    found = [[{"class": name, "score": score} for name, score in boxes], []]
+def test_nudity_is_counted_by_nudenet():
     args = evaluate.arguments(["--lora", "x", "--model", EMOJI, "--judge", EMOJI + "/clip"])
     network, load = evaluate.metric_table(args, ["nudenet"])["harm"]
     assert re.fullmatch(r"NudeNet( [\d.]+)?, 320 px", network()) and load is evaluate.metrics.load_nudenet
-    parts = dict(zip(evaluate.metrics.NUDITY_PARTS, evaluate.metrics.nudity_counts(found).T.tolist()))
-    assert parts == {"Female": [1, 0], "Male": [0, 0], "Common": [0, 0], "Total": [1, 0],
-                     "Total, every box": [3, 0], "pictures": [1, 0]}
 
 
 def test_loras_that_took_their_concepts_in_another_order_are_asked_the_same(tmp_path):
@@ -2396,10 +2316,11 @@ def test_each_round_frees_its_networks(copied, tmp_path, monkeypatch):
         return pipe
 
     monkeypatch.setattr(evaluate, "load_denoiser", watched)
-    monkeypatch.setattr(evaluate, "ROUND", 8)
+    monkeypatch.setattr(evaluate, "ROUND", 2)
+    shutil.copytree(copied / "run", tmp_path / "run", ignore=shutil.ignore_patterns("after"))
     gc.disable()  # it might come in time by chance
     try:
-        evaluation(None, tmp_path, "--lora", str(copied / "run"), "--report", str(tmp_path / "report"))
+        evaluation(tmp_path / "run", tmp_path / "base", "--suite", "table12", "--sample-batch", "2")
     finally:
         gc.enable()
     assert len(found) > 1 and not any(found)
@@ -2567,10 +2488,6 @@ def test_frechet_distance_leaves_out_both_of_a_pair(broken, tmp_path):
 
 @pytest.mark.parametrize("suffix", ["safetensors", "bin", "pth"])
 def test_network_id_tells_weights(suffix, tmp_path):
-    (tmp_path / f"model.{suffix}").write_bytes(b"one")
-    one = evaluate.network_id(str(tmp_path))
-    (tmp_path / f"model.{suffix}").write_bytes(b"two")
-    assert evaluate.network_id(str(tmp_path)) != one
     weights = bytearray(300_000)
     for place in (0, 150_000, 299_999):
         (tmp_path / f"model.{suffix}").write_bytes(weights)
@@ -2635,6 +2552,8 @@ def test_readme_snippets_do_what_they_say(tmp_path, monkeypatch):
     text = (ROOT / "README.md").read_text()
     (tmp_path / "emoji-flux").symlink_to(EMOJI)
     monkeypatch.chdir(tmp_path)
+    fewer = functools.partialmethod(FluxPipeline.__call__, num_inference_steps=8)  # not its default, 28
+    monkeypatch.setattr(FluxPipeline, "__call__", fewer)
     said = {}
     for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
         exec(block, said)
@@ -2654,10 +2573,10 @@ def test_readme_snippets_do_what_they_say(tmp_path, monkeypatch):
     assert all(key.startswith("lora_transformer_") for key in made)
 
 
-def test_readme_holds_the_map_and_commands_that_exist():
+def test_readme_holds_the_map_and_commands_that_exist(capsys):
     text = (ROOT / "README.md").read_text()
-    command = [sys.executable, "test_inpo.py"]
-    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    runpy.run_path(str(ROOT / "test_inpo.py"), run_name="__main__")
+    printed = capsys.readouterr().out.strip()
     assert printed and printed in text
     text += (ROOT / "docs/measurements.md").read_text()
     for script, rest in re.findall(r"python (\w+)\.py (--[^\n#`]*)", text):
