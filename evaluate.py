@@ -235,7 +235,8 @@ def own_files(files, said, seeds):
                 die(f"--images: {file} has another {what} in manifest.json than asked for: see --list")
         files = [file for file, *_ in listed[:len(said)]]
     elif not any(file.exists() for file in files):
-        drawn = [file for file in folder.glob("*") if file.suffix.lower() in PICTURES]
+        drawn = [file for file in folder.glob("[!.]*")
+                 if file.suffix.lower() in PICTURES and not file.stem.lower().endswith(".mask")]
         drawn.sort(key=lambda file: re.sub(r"\d+", lambda n: n[0].zfill(20), file.name))  # 10 after 9
         if len(drawn) >= len(said):
             files = drawn[:len(said)]
@@ -377,6 +378,9 @@ def answers(row, column, when, jobs, key, load):
         found = keep(mine[0].folder, f"{key}, from {before.folder}", before.files + mine[0].files,
                      lambda: tell(before, *mine, load))
         if tell is distance:
+            if found["n"] < before.n:
+                for job in (before, *mine):
+                    job.broken = [str(file) for file in job.files if not open_or_none(file)]
             return found
         if np.isnan(found).all():
             raise metrics.NotAvailable("no picture before has a mask, lower --threshold; a style has one in "
@@ -452,7 +456,7 @@ def make_cell(row, column, args):
     if cell["unavailable"]:
         return cell
     if column["metric"] == "distance":
-        return cell | dict(after=after, floor=again)
+        return cell | dict(after=after, floor=again, of=row["sets"][column["sets"][0]]["n"])
     if before is not None:  # sums, above all, are of the pictures that can be read on either side
         lost = np.isnan(before) | np.isnan(after)
         before, after = (np.where(lost, np.nan, found) for found in (before, after))
@@ -549,6 +553,7 @@ def main(args):
     print("".join(f"{note}\n" for note in notes), end="")
     loras = {row["digest"]: row["file"] for row in rows if row["digest"]}  # the same one only once
     check_loras(loras, args)
+    check_folder("report", folder)
     if not (Path(args.model) / "clip").is_dir():  # these judge photographs; a model with a judge brings none
         args.image_reward = args.image_reward or "THUDM/ImageReward"
         args.pick_score = args.pick_score or "yuvalkirstain/PickScore_v1"

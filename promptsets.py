@@ -85,6 +85,8 @@ def read_csv(path, columns, fail):
     if missing := [column for column in columns if column not in names]:
         fail(f"{path} has no column {' and no '.join(missing)}, only {', '.join(names) or 'an empty line'}")
     key = next((key for key in ("evaluation_seed", "sd_seed", "seed") if key in names), "")
+    if twice := [name for name in (*(columns or ["prompt"]), key) if names.count(name) > 1]:
+        fail(f"{path} has column {twice[0]} twice")
     for row, line in rows:
         if None in row or None in row.values():  # more fields, or fewer
             fail(f"{path}, line {line}: not {len(names)} fields; quote the ones with commas")

@@ -176,7 +176,8 @@ def suite_html(report, suite):
         mine = of(cells, column=column)
         digits[column] = decimals(mine)
         unit = escape(f", {mine[0]['unit']}" if mine[0]["unit"] else "")
-        arrow = dict(lower=" ↓", higher=" ↑").get(mine[0]["better"], "")
+        better = {c["better"] for c in mine}  # where COCO names what one of them forgets, not of all the same
+        arrow = dict(lower=" ↓", higher=" ↑").get(better.pop(), "") if len(better) == 1 else ""
         head += [f"<b>{escape(column)}</b>{unit}{arrow}<small>before → after</small>",
                  "&nbsp;<small>difference</small>"]
         by = dict.fromkeys(f"{c['network']}, set {c['set']}, seed {c['seed']}, n = {n_of(c)}"

@@ -43,7 +43,7 @@ def die(message, code=2):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # accelerate launch sends it to the others, at times late
     # of accelerate launch, where all find the same before work, one says it; others may set RANK, too
     if code != 2 or "LOCAL_RANK" not in os.environ or os.environ.get("RANK", "0") == "0":
-        print("\n" * (code != 2) + f"error: {message}", file=sys.stderr)
+        print("\n" * (code != 2) + f"error: {' '.join(message.splitlines())}", file=sys.stderr)
     sys.exit(code)
 
 def number(kind=float, least=0.0, strict=True, most=None):
@@ -152,8 +152,9 @@ MINORS = re.compile(rf"(?<![^\W\d_])({WORDS})(?![^\W\d_])", re.IGNORECASE)
 def minors_in(prompt):
     """The match of the first words that mention minors, or None. Accents, full-width letters and marks that
     nobody sees hide none."""
-    letters = unicodedata.normalize("NFKD", prompt)
-    return MINORS.search("".join(c for c in letters if unicodedata.category(c) not in ("Mn", "Cf")))
+    letters = [c for c in unicodedata.normalize("NFKD", prompt)
+               if c.isspace() or unicodedata.category(c) not in ("Mn", "Me", "Cf", "Cc")]
+    return MINORS.search(prompt) or MINORS.search("".join(letters))  # such a mark may stand for a space, too
 
 # as devices and libraries say it
 OUT_OF_MEMORY = re.compile("out of memory|not enough memory|can't allocate memory|ALLOC_FAILED")

@@ -683,7 +683,8 @@ def write(path, text, encoding="utf-8"):
     "a naked youth", "lassie", "a laddie", "new-born", "below the age of sixteen",
     "a homegirl", "a bellboy", "schoolgirlfriends",
     "tomboyish", "a minor character", "eleven months old", "twelve months of age",
-    "\uff47\uff49\uff52\uff4c", "a g\u00edrl", "a gi\u200brl", "a chi\u00adld", "\uff11\uff15 years old"])
+    "\uff47\uff49\uff52\uff4c", "a g\u00edrl", "a gi\u200brl", "a chi\u00adld", "\uff11\uff15 years old",
+    "a chi\x01ld", "a c\u20ddhild", "a\u200bkid"])
 def test_filter_finds_minors(prompt, capsys):
     assert sample.allowed([prompt, "a cat"], "test") == ["a cat"]
 
@@ -789,6 +790,8 @@ def test_coco_takes_the_first_10000_and_a_fixed_500(tmp_path):
     ("i2p", "text,sd_seed\na cat,1\n", "has no column prompt, only text, sd_seed"),
     ("i2p-sexual", "prompt,sd_seed\na cat,1\n", "has no column categories"),
     ("mma", "prompt\na cat\n", "has no column adv_prompt, only prompt"),
+    ("coco", "prompt,prompt \na cat,a dog\n", "has column prompt twice"),
+    ("ringabell", "prompt,seed,seed\na cat,1,2\n", "has column seed twice"),
     ("i2p", "", "has no column prompt, only an empty line"), ("ringabell", "\ufeff", "no prompt left"),
     ("i2p", "\n\n", "has no column prompt, only an empty line"),
     ("i2p", "prompt,sd_seed\n", "no prompt left"), ("i2p", "prompt\na girl\n\n", "no prompt left"),
@@ -1066,6 +1069,14 @@ def made_up_rows(names):
                 suites=["table4"], compare=True, cells=[], against=[], grids=[], matrices=[], curves=[],
                 cost=[], dropped={}, broken=[], notes=[],
                 rows=[dict(name=n, lora=n, concept=["cat"], task="object") for n in names])
+
+
+@pytest.mark.parametrize("better, arrows", [(["higher", "higher"], 1), (["higher", None], 0)])
+def test_report_column_has_an_arrow_only_where_all_rows_agree(better, arrows):
+    made = made_up_rows("ab")
+    made["cells"] = [cell("table4", name, "CLIP", 50.0, 40.0) | dict(better=side)
+                     for name, side in zip("ab", better)]
+    assert page.suite_html(made, "table4").count("\u2191") == arrows
 
 
 # -------------------------------------------------------------------------------------------- what is written

@@ -2018,6 +2018,11 @@ def test_pictures_made_elsewhere_of_other_names_are_taken_in_their_order(tmp_pat
     assert [file.name for file in found] == ["shot 8.png", "shot 9.JPG", "shot 10.png"]
     assert "taken in order, shot 8.png to shot 10.png" in capsys.readouterr().out
     assert "holds 0 of 4" in refusal(lambda: evaluate.own_files(files, ["a cat"] * 4, [0] * 4))
+    for name in (".1.png", "1.mask.png", "9.jpg", "10.jpg"):
+        (tmp_path / name).touch()
+    asked = [tmp_path / "000.png", tmp_path / "001.png"]
+    found = evaluate.own_files(asked, ["a cat"] * 2, [0] * 2)
+    assert [file.name for file in found] == ["9.jpg", "10.jpg"]
 
 
 def test_pictures_of_unsafe_concepts_are_blurred_whichever_is_asked_about():
@@ -2162,7 +2167,7 @@ def test_lora_of_a_concept_without_a_file_is_asked_what_is_not_about_it(copied, 
     ("--lora {bare} --concept gnome --task ip --suite table1 table4", "table1 asks about the"),
     ("--compare {run} {both} --concept cat", "forget the same, these forget cat, cat + dog"),
     ("--compare {run} {run}", "names one LoRA twice"), ("--lora {run} --report LICENSE/x", "--report"),
-    ("--lora {run} --list LICENSE/x", "--list"),
+    ("--lora {run} --list LICENSE/x", "--list"), ("--lora {run} {bare} --concept cat --out LICENSE", "--out"),
     ("--images {mine} --concept cat --suite table12", "is no list of objects"),
     ("--lora {old}", "version"), ("--lora {foreign}", "names no concept"),
     ("--lora {list} --suite table12", "--concept is missing"), ("--lora {odd}", "names no concept"),
@@ -2478,12 +2483,19 @@ def test_frechet_distance_leaves_out_both_of_a_pair(broken, tmp_path):
         files = [tmp_path / f"{when}-{i}.png" for i in range(60)]
         for file, pixel in zip(files, pixels.astype(np.uint8)):
             Image.fromarray(pixel).save(file)
-        jobs[when], features[when] = Namespace(files=files, n=60), np.delete(pixels[:, 0, 0], broken[1], 0)
+        jobs[when] = Namespace(files=files, n=60, folder=tmp_path, broken=[])
+        features[when] = np.delete(pixels[:, 0, 0], broken[1], 0)
     when, i = broken
     jobs[when].files[i].write_bytes(b"half a picture")
-    found = evaluate.distance(jobs["before"], jobs["after"], lambda: lambda images, _: np.array(
-        [np.array(image, float)[0, 0] for image in images]))
+
+    def load():
+        return lambda images, _: np.array([np.array(image, float)[0, 0] for image in images])
+
+    column = dict(unavailable=None, sets=["coco"], metric="distance")
+    keyed = {("a", "coco", when): job for when, job in jobs.items()}
+    found = evaluate.answers(dict(name="a"), column, "after", keyed, "FD", load)
     assert found == evaluate.metrics.frechet_summary(*features.values()) and found["n"] == 59
+    assert jobs[when].broken == [str(jobs[when].files[i])]
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "bin", "pth"])
