@@ -2585,6 +2585,25 @@ def test_readme_snippets_do_what_they_say(tmp_path, monkeypatch):
     assert all(key.startswith("lora_transformer_") for key in made)
 
 
+def test_figure_1_is_drawn_by_its_block(copied, tmp_path, monkeypatch):
+    steps = [str(copied / "run" / name) for name in ("step-12", "step-6")]
+    (run := tmp_path / "out/f1/INPO").mkdir(parents=True)
+    run.with_name("gradient ascent").symlink_to(run)  # the plot does not mind
+    shutil.copy(copied / "run" / "log.csv", run)
+    given = ["--model", EMOJI, "--out", str(copied / "base"), *FEW, "--lora", *steps, "--suite", "table1"]
+    evaluate.main(evaluate.arguments([*given, "--report", str(run)]))
+    monkeypatch.chdir(tmp_path)
+    block, = re.findall(r"```python\n(.*?)```", (ROOT / "docs/measurements.md").read_text(), re.DOTALL)
+    exec(block, drawn := {})
+    cells = json.loads((run / "report.json").read_text())["cells"]
+    for axis, column in zip(drawn["axes"][1:], ("ACC (emoji)", "CLIP (emoji), unrelated")):
+        last, first = (cell for cell in cells if cell["column"] == column)
+        x, y = axis.lines[1].get_data()
+        wanted = first["before"]["value"], first["after"]["value"], last["after"]["value"]
+        assert (*x,) == (0, 6, 12) and tuple(y) == wanted
+    assert len(drawn["axes"][0].lines[0].get_xdata()) == 12 and Path("figure1.png").stat().st_size > 10_000
+
+
 def test_readme_holds_the_map_and_commands_that_exist(capsys):
     text = (ROOT / "README.md").read_text()
     runpy.run_path(str(ROOT / "test_inpo.py"), run_name="__main__")
