@@ -13,8 +13,8 @@ from pathlib import Path
 from pickle import UnpicklingError
 from urllib.request import Request, urlopen
 
-from sample import (check_settings, contact_sheet, die, guarded, keep_settings, lock, mask_flags, model_flags,
-                    open_image, save_image, setup)
+from sample import (VOCABULARIES, check_settings, contact_sheet, die, guarded, keep_settings, load_whole,
+                    lock, mask_flags, model_flags, open_image, save_image, setup)
 
 def arguments(given=None):
     parser = model_flags(__doc__)
@@ -67,7 +67,7 @@ def load_detector(name, device):
     """-> find(image, words, threshold) -> float (N, 4) of x0, y0, x1, y1 in pixels: all instances of any of
     the words in a PIL image."""
     try:
-        model = AutoModelForZeroShotObjectDetection.from_pretrained(name, dtype=torch.float32)
+        model = load_whole(AutoModelForZeroShotObjectDetection, name, dtype=torch.float32)
         processor, config = AutoProcessor.from_pretrained(name), model.to(device).eval().config
     except (OSError, ValueError) as error:
         raise OSError(f"--detector {name}: cannot be loaded: {error}") from error
@@ -149,6 +149,9 @@ def check_networks(args, concepts=()):
             if here or isinstance(error, KeyError):
                 why = "is no OWLv2 or GroundingDINO, by its config.json"
             die(f"--detector {args.detector}: {why}")
+    for some in (("*.safetensors", "*.bin"), VOCABULARIES, ("*processor_config.json",)) * here:
+        if not any(file for name in some for file in Path(args.detector).glob(name)):
+            die(f"--detector {args.detector}: holds no {some[0]}")
     if any(c["task"] in ("object", "ip") for c in concepts) and "://" in args.sam:
         if not Path(torch.hub.get_dir(), "checkpoints", Path(args.sam).name).exists():  # as torch keeps it
             try:

@@ -18,7 +18,7 @@ from transformers import (AutoConfig, AutoModel, AutoModelForImageTextToText, Au
                           CLIPImageProcessorPil)
 
 from mask import load_detector
-from sample import OUT_OF_MEMORY, die
+from sample import OUT_OF_MEMORY, die, load_whole
 
 BATCH = 25  # pictures or texts at once
 FORM = dict(rate=np.mean, mean=np.mean, count=np.sum, pictures=np.sum)
@@ -128,7 +128,7 @@ def confusion(answers, asked):
 def load_clip(name, device):
     """-> embed(images=N pictures) or embed(text=N strings) -> unit embeddings (N, E); exp(logit_scale)."""
     with reach(name):
-        model = AutoModel.from_pretrained(name, dtype=torch.float32).to(device).eval()
+        model = load_whole(AutoModel, name, dtype=torch.float32).to(device).eval()
         processor = AutoProcessor.from_pretrained(name)
     longest = model.config.text_config.max_position_embeddings
 
@@ -190,7 +190,7 @@ def llava_judge(name, device, dtype):
     """-> ask(images, N lists of phrases) -> N bool arrays, one answer a phrase. Yes: the first answer token
     weighs more as some form of yes than of no (no text is parsed)."""
     with reach(name):
-        model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype).to(device).eval()
+        model = load_whole(AutoModelForImageTextToText, name, dtype=dtype).to(device).eval()
         processor = AutoProcessor.from_pretrained(name)
     tokens = processor.tokenizer
 

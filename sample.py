@@ -48,13 +48,13 @@ def die(message, code=2):
 
 def number(kind=float, least=0.0, strict=True, most=None):
     """An argparse type: a number above `least`, or from it on if not strict, up to `most`; never NaN."""
-    most = most or {int: 2**31 - 1, float: sys.float_info.max}[kind]
+    most = most or {int: 2**31 - 1, float: 3.4e38}[kind]  # what 32 bits hold
 
     def parse(text):
         value = kind(text)
         if not least <= value <= most or (strict and value == least):
-            end = "finite" if most == sys.float_info.max else f"<= {most}"
-            raise argparse.ArgumentTypeError(f"{text} is not {'>' if strict else '>='} {least:g} and {end}")
+            above = ">" if strict else ">="
+            raise argparse.ArgumentTypeError(f"{text} is not {above} {least:g} and <= {most}")
         return value
     parse.__name__ = kind.__name__  # argparse then says "invalid float value: 'x'"
     return parse
@@ -141,6 +141,7 @@ if not {"-h", "--help"} & set(sys.argv):  # the other scripts import their flags
     from PIL import Image, ImageDraw, ImageOps
     from safetensors import SafetensorError, safe_open
     from tqdm import tqdm
+    from transformers import CLIPTextModel, T5EncoderModel
 
 # the one filter of everything that is ever generated: what minors.txt lists
 YOUNG = (r"(?<!\d)(?<!ty[\W_])([1-9]|1[0-7]|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve"
@@ -163,13 +164,15 @@ def guarded(main, args):
     """main(args), where what goes wrong during work becomes one line that says how to go on."""
     go_on = "; what is finished is kept, and the same command goes on from there"
     go_on *= not hasattr(args, "bench")  # which keeps nothing
+    if hasattr(sys.stdout, "reconfigure"):  # not a closed one; a letter that it lacks shall not end the work
+        sys.stdout.reconfigure(errors="backslashreplace")
     # a job's time is over, or another process of accelerate launch has died
     signal.signal(signal.SIGTERM, lambda *_: die(f"terminated{go_on}", 143))
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as a shell has it for a job in the background
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main(args)
-        sys.stdout.flush()
+        print(end="", flush=True)
     except KeyboardInterrupt:
         die(f"interrupted{go_on}", 130)
     except BrokenPipeError:  # who reads the output has seen enough, as head does
@@ -208,6 +211,10 @@ def read_text(path, flag=None):
     except (OSError, UnicodeDecodeError) as error:
         what = f"{flag} {path}" if flag else path
         die(f"{what}: is no readable UTF-8 text ({type(error).__name__})")
+
+def no_name(text):
+    """Can no file or folder, of a path's many, be called so?"""
+    return re.search(r"[/\\]|^\.*$", text) or len(os.fsencode(text)) > 80
 
 def prompts_folder(model):
     """The model's own prompts/, else ours."""
@@ -248,6 +255,8 @@ def load_concept(model, name):
                  for other in found["unrelated"] + found["unseen"]]
     if odd := [prompt for prompt in composed if minors_in(prompt)]:
         die(f"{path}: mentions minors once put together: {odd[0]}")
+    if odd := list(filter(no_name, found["neighbours"] + found["unrelated"])):
+        die(f"{path}: {odd[0]}: names a folder of images, take a phrase without / and \\, of 1 to 80 bytes")
     if odd := [end for end in found["backgrounds"] + found["styles"] if " " not in end]:
         die(f"{path}: {odd[0]} is no ending of a prompt, write as in: on a beach, in oil style")
     if (task := ", ".join(found["task"])) not in TASKS:
@@ -256,8 +265,9 @@ def load_concept(model, name):
 
 def read_prompts(flag, path):
     """The lines of a text file of prompts, less what the filter drops."""
-    lines = list(filter(None, map(str.strip, read_text(path, flag).splitlines())))
-    return allowed(lines, f"{flag} {path}") or die(f"{flag} {path}: holds no prompt")
+    lines = filter(None, map(str.strip, read_text(path, flag).splitlines()))
+    mine = allowed([line for line in lines if line[0] != "#"], f"{flag} {path}")
+    return mine or die(f"{flag} {path}: holds no prompt")
 
 MEND = "mend it or take it away"
 PICTURES = ".png .jpg .jpeg .webp .bmp .gif .tif .tiff".split()
@@ -274,12 +284,13 @@ def own_pictures(args):
     rows = []
     for file in pictures:
         text, by_mask = file.with_suffix(".txt"), file.with_suffix(".mask.png")
-        caption = read_text(text) if text.exists() else (args.caption or "").replace("{}", args.concept[0])
+        caption = (args.caption or "").replace("{}", args.concept[0])
+        caption = read_text(text) if os.path.lexists(text) else caption  # a link to nothing is named
         if not caption.strip():
             die(f"--images: {file} has no caption: write {text}, or give --caption")
         rows.append((file, " ".join(caption.split())))
         image = open_image(file, None, MEND, 2)
-        if by_mask.exists():
+        if os.path.lexists(by_mask):
             side, mask = min(image.size), open_image(by_mask, image.size, MEND, 2)
             low, high = ImageOps.fit(mask, (side, side)).getextrema()
             colour = "black" if high < 128 else "white" if low > 127 else None
@@ -294,8 +305,7 @@ def load_concepts(args):
     """The concept of each --concept: its prompt file, or --images; --prompts and --preserve replace parts.
     Without --images (evaluate.py has none) a --task stands for a file: nothing is then asked about it."""
     images, prompts, preserve, task = (getattr(args, k, None) for k in "images prompts preserve task".split())
-    if odd := [name for name in args.concept
-               if re.search(r"[/\\]|^\.*$", name) or len(os.fsencode(name)) > 80]:
+    if odd := list(filter(no_name, args.concept)):
         die(f"--concept {odd[0]}: names files and folders, take a name without / and \\, of 1 to 80 bytes")
     if prompts and (images or len(args.concept) > 1):
         die(f"--prompts {prompts}: are those of one --concept, without --images")
@@ -348,6 +358,8 @@ PARTS = dict(
     vae=("config", "sample_size"), text_encoder=("config", "architectures"),
     text_encoder_2=("config", "architectures"))
 
+VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
+
 def missing_part(folder):
     """The file that a pipeline's folder lacks, or holds cut short; None if all of its parts are there."""
     for part, (name, key) in PARTS.items():
@@ -358,6 +370,8 @@ def missing_part(folder):
             path = folder / part / f"{name}.json"
             if key not in json.loads(path.read_text()):
                 return path
+            if name == "tokenizer_config" and not any((folder / part / v).exists() for v in VOCABULARIES):
+                return folder / part / VOCABULARIES[0]
             for path in (folder / part).glob("*.safetensors.index.json"):
                 shards = json.loads(path.read_text())["weight_map"]
                 weights |= {path.parent / name for name in shards.values()}
@@ -658,13 +672,27 @@ def text_length(longest, transformer):
     """Of a prompt in T5's tokens: its tokenizer's most, but FLUX.1-schnell, without guidance, knows 256."""
     return longest if transformer["guidance_embeds"] else min(longest, 256)
 
+def load_whole(kind, name, **given):
+    """kind.from_pretrained(name), less its kindness: an OSError where weights, or the vocabulary beside them,
+    are missing, in whose place it would give random and empty ones."""
+    here = Path(name).is_dir() and "subfolder" not in given
+    if here and not any((Path(name) / file).exists() for file in VOCABULARIES):
+        raise OSError(f"{name}: holds no {VOCABULARIES[0]}")
+    model, found = kind.from_pretrained(name, output_loading_info=True, **given)
+    if lost := found["missing_keys"]:
+        raise OSError(f"{name}, {kind.__name__}: its weights lack {min(lost)}")
+    return model
+
 def encode_prompts(prompts, args):
     """{prompt: (T5 states (T, E), pooled CLIP state (P,))} on the CPU; the encoders are freed on return.
     What mentions minors only once put together, as pairs are, has passed the filter by its parts: refused."""
     if odd := sorted(prompt for prompt in prompts if minors_in(prompt)):
         die(f"{odd[0]}: mentions minors once put together: mend the concept's file", 1)
-    pipe = FluxPipeline.from_pretrained(args.model, revision=args.weights, transformer=None, vae=None,
-                                        dtype=args.dtype).to(args.device)
+    where = dict(revision=args.weights, dtype=args.dtype)
+    encoders = {part: load_whole(kind, args.model, subfolder=part, **where)
+                for part, kind in (("text_encoder", CLIPTextModel), ("text_encoder_2", T5EncoderModel))}
+    pipe = FluxPipeline.from_pretrained(args.model, transformer=None, vae=None, **encoders, **where)
+    pipe.to(args.device)
     config = FluxTransformer2DModel.load_config(args.model, subfolder="transformer", revision=args.weights)
     length = text_length(pipe.tokenizer_2.model_max_length, config)
     found = {}
@@ -747,7 +775,8 @@ def sample_set(load, embeds, folder, concept, prompts, count, args, **made_by):
     with those that are there; of these, seeds is one a prompt, for sets that have their own.
     """
     world, group, seeds = PartialState(), args.sample_batch, made_by.get("seeds")
-    listed = max(count, sum(file.stem.isdigit() for file in folder.glob("*.png")))  # more from an earlier run
+    there = [int(file.stem) + 1 for file in folder.glob("*.png") if file.stem.isdecimal()]
+    listed = max([count, *there])  # more from an earlier run
     rows = [dict(file=f"{i:03}.png", prompt=prompts[i % len(prompts)],
                  seed=seeds[i % len(seeds)] if seeds else seed_of(args.seed, concept, i),
                  model=args.model, size=args.size) for i in range(-(-listed // group) * group)]
@@ -767,7 +796,8 @@ def sample_set(load, embeds, folder, concept, prompts, count, args, **made_by):
         texts, noise = zip(*[(row["prompt"], row["seed"]) for row in rows[i:i + group]])
         images = generate(load(), embeds, texts, noise, args.sample_steps, args.sample_guidance, args.size)
         for image, file in zip(images, files[i:]):
-            save_image(image, file)
+            if not file.exists():
+                save_image(image, file)
     world.wait_for_everyone()
     return [(file, row["prompt"]) for file, row in zip(files, rows)]
 
@@ -802,7 +832,10 @@ def plan_sets(concepts, args):
         preserve = {"": (folder / args.preserve.stem, args.preserve.stem, list(preserve), count)}
     if not preserve:
         die("--concept: nothing is left to preserve, all that the files name is to be forgotten")
-    for one in (*forget, *preserve.values()):
+    sets = (*forget, *preserve.values())
+    if len({args.out.resolve(), *(one[0].resolve() for one in sets)}) <= len(sets):
+        die(f"--preserve-dir {folder}: is or holds the place of --out or of the forget set: use another one")
+    for one in sets:
         check_set(*one, args)
     return forget, list(preserve.values())
 

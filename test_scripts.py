@@ -200,7 +200,7 @@ def test_help_answers_at_once(script):
     ("--detector ./nosuch", "--detector"), ("--sam LICENSE", "--sam LICENSE: holds no SAM"),
     ("--sam docs", "holds no SAM"), ("--detector emoji-flux/vae", "no OWLv2"),
     ("--preserve-dir LICENSE/x", "--preserve-dir"), (f"--out {300 * 'x'}", "cannot be made"),
-    ("--steps 99999999999999999999999", "<= 2147483647"),
+    ("--steps 99999999999999999999999", "<= 2147483647"), ("--lr 1e300", "--lr: 1e300 is not > 0 and <= 3.4e+38"),
     ("--concept cat --concept ghoost", "ghoost"), ("--concept a/b", "without / and"),
     ("--concept ..", "--concept ..:"),
     ("--concept dog --prompts LICENSE", "those of one --concept"),
@@ -248,6 +248,14 @@ def test_whatever_goes_wrong_in_work_is_one_line(error, said):
 
     for script in (mask, train):  # before train's setup has ended
         assert said in refusal(lambda: sample.guarded(work, script.arguments(["--concept", "cat"])), 1)
+
+
+def test_standard_output_that_is_closed_or_lacks_letters_ends_no_work(monkeypatch):
+    args, done = mask.arguments(["--concept", "cat"]), []
+    for out in (None, io.TextIOWrapper(io.BytesIO(), "ascii")):
+        monkeypatch.setattr(sys, "stdout", out)
+        sample.guarded(lambda args: done.append(print("ねこ")), args)
+    assert len(done) == 2 and out.buffer.getvalue() == b"\\u306d\\u3053\n"
 
 
 def test_prompts_that_the_tokenizer_cuts_are_named(caplog):
@@ -299,7 +307,7 @@ def test_model_on_the_hub_is_weighed_by_its_files(extra, free, refused, monkeypa
 
 @pytest.mark.parametrize("broken", [
     "transformer", "text_encoder_2", "vae/config.json", "cut short", "shards", "tokenizer_2", "scheduler",
-    "transformer/config.json"])
+    "transformer/config.json", "tokenizer/tokenizer.json"])
 def test_model_with_a_missing_part_is_refused_before_work(broken, tmp_path, monkeypatch):
     shutil.copytree(EMOJI, folder := tmp_path / "model", ignore=shutil.ignore_patterns("loras"))
     weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
@@ -308,8 +316,10 @@ def test_model_with_a_missing_part_is_refused_before_work(broken, tmp_path, monk
     elif broken == "shards":
         index = weights.with_name(weights.name + ".index.json")
         index.write_text(json.dumps(dict(weight_map=dict(a=weights.name, b="second.safetensors"))))
-    elif broken.endswith("json"):
+    elif broken.endswith("config.json"):
         (folder / broken).write_text("{" if broken.startswith("vae") else "{}")
+    elif broken.endswith("json"):
+        (folder / broken).unlink()
     else:
         shutil.rmtree(folder / broken)
     line = refusal(lambda: sample.check_model(flags(str(folder))))
@@ -319,6 +329,28 @@ def test_model_with_a_missing_part_is_refused_before_work(broken, tmp_path, monk
     monkeypatch.setattr(sample, "HfApi", lambda: Namespace(model_info=lambda *_, **__: 1 / 0))
     line = refusal(lambda: sample.check_model(flags("some/model")))
     assert "the hub cannot be reached" in line and "not cached whole" in line and named in line
+
+
+@pytest.mark.parametrize("part, use", [
+    ("text_encoder", lambda model: sample.encode_prompts(["a cat"], flags(str(model)))),
+    ("text_encoder_2", lambda model: sample.encode_prompts(["a cat"], flags(str(model)))),
+    ("detector", lambda model: mask.load_detector(str(model / "detector"), "cpu")),
+    ("clip", lambda model: evaluate.metrics.load_judge(str(model / "clip"), "cpu", torch.float32))])
+def test_networks_are_never_filled_in_at_random(part, use, tmp_path):
+    """Nor a vocabulary by an empty one, of which only the first two parts have none beside them."""
+    shutil.copytree(EMOJI, tmp_path / "model", ignore=shutil.ignore_patterns("loras"))
+    file = tmp_path / "model" / part / "model.safetensors"
+    use(tmp_path / "model")
+    save_file({key: value for key, value in load_file(file).items() if not key.endswith("layer_norm1.bias")
+               and "block.0.layer.0.layer_norm" not in key}, file, dict(format="pt"))
+    with pytest.raises((OSError, evaluate.metrics.NotAvailable)) as error:
+        use(tmp_path / "model")
+    assert "its weights lack" in str(error.value) + str(error.value.__cause__)
+    if part in ("detector", "clip"):
+        shutil.copy(Path(EMOJI) / part / file.name, file)
+        (file.parent / "tokenizer.json").unlink()
+        with pytest.raises((OSError, evaluate.metrics.NotAvailable)):
+            use(tmp_path / "model")
 
 
 @pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks`")  # diffusers'
@@ -446,6 +478,8 @@ def test_table_1s_other_two_are_not_preserved(category):
     ("[preserve]", "[preserve]\na photo", "a photo, a template without {}"),
     ("in noto style, ", "noto, ", "noto is no ending of a prompt"),
     ("detect:", "concept: a dog\ndetect:", "has concept: twice"),
+    ("neighbours: ", "neighbours: ../../../tiger, ", "../../../tiger: names a folder"),
+    ("unrelated: ", f"unrelated: a {90 * 'v'}ery long road, ", "of 1 to 80 bytes"),
     ("unrelated: ", "unrelated: young cats, ", "minors once put together: a very young cats"),
     ("unrelated: ", "unrelated: Son Heung-min, ", "minors once put together: a cat and Son Heung-min")])
 def test_prompt_file_with_a_mistake_is_refused(old, new, named, tmp_path):
@@ -529,6 +563,11 @@ def test_more_images_never_change_the_earlier_ones(tmp_path):
     assert [p.read_bytes() for p, _ in more] == [p.read_bytes() for p, _ in at_once]
     assert [p.read_bytes() for p, _ in more[:3]] == before
     assert len({p.read_bytes() for p, _ in more}) == 7
+    more[1][0].unlink()
+    more[2][0].write_bytes(b"mended by hand")
+    listed = sample.sample_set(lambda: pipe, embeds, tmp_path / "grown", "cat", prompts, 3, args)
+    assert more[1][0].read_bytes() == before[1] and more[2][0].read_bytes() == b"mended by hand"
+    assert len(json.loads((tmp_path / "grown" / "manifest.json").read_text())) == 7 and listed == more[:3]
     assert sample.sample_set(lambda: 1 / 0, {}, tmp_path / "grown", "cat", prompts, 3, args) == more[:3]
     manifest, other = (json.loads((tmp_path / name / "manifest.json").read_text())
                        for name in ("grown", "at_once"))
@@ -744,6 +783,14 @@ def test_detector_and_sam_that_cannot_be_had_are_named(tmp_path, monkeypatch):
     mask.check_networks(mask_args(tmp_path, detector="some/detector", sam=missing), [nude])
 
 
+@pytest.mark.parametrize("lost", ["model.safetensors", "tokenizer.json", "processor_config.json"])
+def test_detector_that_is_not_whole_is_refused_before_work(lost, tmp_path):
+    shutil.copytree(Path(EMOJI) / "detector", folder := tmp_path / "detector")
+    mask.check_networks(args := mask_args(tmp_path, detector=str(folder)))
+    (folder / lost).unlink()
+    assert f"{folder}: holds no" in refusal(lambda: mask.check_networks(args))
+
+
 def test_networks_are_needed_for_masks_that_are_not_there(tmp_path):
     cat = dict(pictures=[(tmp_path / "a.jpg", "a cat"), (tmp_path / "b.jpg", "a cat")])
     assert mask.lacks_masks(tmp_path, {}) and mask.lacks_masks(tmp_path, cat)
@@ -782,7 +829,7 @@ def test_every_generation_passes_the_filter(tmp_path):
 
 
 def test_prompts_of_your_own_replace_the_files(tmp_path):
-    (tmp_path / "mine.txt").write_text("my cat\n")
+    (tmp_path / "mine.txt").write_text("# of mine\nmy cat\n")
     given = ["--model", EMOJI, "--concept", "cat", "--prompts", str(tmp_path / "mine.txt")]
     assert sample.load_concepts(train.arguments(given))[0]["train"] == ["my cat"]
 
@@ -899,7 +946,7 @@ def test_images_of_other_settings_are_refused(tmp_path):
 
 # -------------------------------------------------------------------------------- training
 
-def test_training_leaves_what_it_promises(trained):
+def test_training_leaves_what_it_promises(trained, tmp_path, capsys):
     names = "curves.png before_after.png masks-cat.png samples.png log.csv args.json stages.csv".split()
     for name in (WEIGHTS, f"step-6/{WEIGHTS}", *names):
         assert (trained / name).stat().st_size > 0
@@ -915,6 +962,9 @@ def test_training_leaves_what_it_promises(trained):
     assert len(log) == 12 and {row["d_lr"] for row in log} == {"0.001"}  # AdamW's
     assert {row["forwards"] for row in log} == {"12"}  # 2 + 2 images x reference, forward, backward
     assert {step.name for step in trained.glob("step-*")} == {"step-6", "step-12"}
+    shutil.copytree(trained, tmp_path / "cat", ignore=shutil.ignore_patterns("step-12"))
+    run_train(tmp_path / "cat", "--save-every", "6")  # all steps are done
+    assert "--save-every: the LoRA of step 12 was not kept" in capsys.readouterr().out
     assert not list(trained.rglob("*.tmp"))
 
 
@@ -1426,6 +1476,9 @@ def test_preserve_file_may_lie_among_your_own_pictures(tmp_path):
     ("stray mask", "01.mask.png: is no picture"), ("cut mask", "all black, cropped square"),
     ("stray caption", "01.txt: is no picture"), ("32 bits", "a.tif: cannot be read"),
     ("float", "a.tif: cannot be read"), ("link to nothing", "a.tif: cannot be read"),
+    ("caption linked to nothing", "000.txt: is no readable"),
+    ("linked to nothing, a", "000.mask.png: cannot be read"),
+    ("preserve-dir", "forget: is or holds the place of --out"),
     ("EXIF", "a.jpg: cannot be read"), ("name", "80 bytes")])
 def test_your_own_pictures_are_refused_in_one_line(tmp_path, monkeypatch, case, named):
     draw(mine := tmp_path / "mine", 3 if case == "three pictures" else 4)
@@ -1458,6 +1511,8 @@ def test_your_own_pictures_are_refused_in_one_line(tmp_path, monkeypatch, case, 
         Image.new("RGB", (64, 64)).save(mine / "a.jpg", exif=exif)
     if case == "link to nothing":
         (mine / "a.tif").symlink_to(mine / "gone.tif")
+    if "linked" in case:
+        (mine / f"000.{'txt' if 'caption' in case else 'mask.png'}").symlink_to(mine / "gone")
     if case == "cut mask":  # it is in what the square crop cuts off
         Image.new("RGB", (128, 64), "red").save(mine / "000.png")
         edge = np.zeros((64, 128), np.uint8)
@@ -1469,9 +1524,10 @@ def test_your_own_pictures_are_refused_in_one_line(tmp_path, monkeypatch, case, 
         Image.new("L", (64, 64), 255).save(mine / "01.mask.png")
     elif "mask" in case:
         Image.new("L", (side, side), value).save(mine / "001.mask.png")
-    more = {"two concepts": ["--concept", "cat", "dog"], "out": ["--out", str(mine)]}.get(case, [])
+    more = {"two concepts": ["--concept", "cat", "dog"], "out": ["--out", str(mine)],
+            "preserve-dir": ["--preserve-dir", str(tmp_path / "out" / "forget")]}.get(case, [])
     given = [part for pair in own.items() for part in pair] + ["--batch", "4", *more]
-    concept = 40 * "\u00e9\u00e8" if case == "name" else "cat"
+    concept = {"name": 40 * "\u00e9\u00e8", "preserve-dir": "keep"}.get(case, "cat")
     assert named in refusal(lambda: run_train(tmp_path / "out", *given, concept=concept))
     assert not (tmp_path / "out").exists()
 

@@ -248,6 +248,10 @@ def train(pipe, forget, preserve, embeds, presets, args, stamp=None):
         good = f"{checkpoint} holds the last good state" if checkpoint.exists() else "nothing was saved yet"
         die(f"{why}; {good}: lower --lr or --eta and use another --out", 1)
 
+    early = range(args.save_every, start + 1, args.save_every) if args.save_every else ()
+    lost = [step for step in early if not (args.out / f"step-{step}").exists()]
+    if lost and main_process:
+        print(f"--save-every: the LoRA of step {lost[0]} was not kept; to have all, use another --out")
     if rows and main_process:
         write_log(rows, args.out / "log.csv")  # it may be lost, or ahead of one that was put back
 
