@@ -377,10 +377,10 @@ def answers(row, column, when, jobs, key, load):
             return None  # they tell two sets apart
         found = keep(mine[0].folder, f"{key}, from {before.folder}", before.files + mine[0].files,
                      lambda: tell(before, *mine, load))
+        lost = np.isnan(found).any(1) if tell is change else [found["n"] < before.n] * before.n
+        for job in (before, *mine):
+            job.broken = [str(file) for file, odd in zip(job.files, lost) if odd and not open_or_none(file)]
         if tell is distance:
-            if found["n"] < before.n:
-                for job in (before, *mine):
-                    job.broken = [str(file) for file in job.files if not open_or_none(file)]
             return found
         if np.isnan(found).all():
             raise metrics.NotAvailable("no picture before has a mask, lower --threshold; a style has one in "
@@ -520,7 +520,7 @@ def write_list(jobs, args):
     for job in [job for (_, _, when), job in jobs.items() if when == "after"]:
         for file, seed, prompt in zip(job.files, seeds_of(job), cycled(job.prompts, job.n)):
             lines[file] = json.dumps(dict(file=str(file), seed=seed, prompt=prompt), ensure_ascii=False)
-    write_text(args.list, "".join(f"{line}\n" for line in lines.values()))
+    write_text(args.list.resolve(), "".join(f"{line}\n" for line in lines.values()))
 
 def main(args):
     everything = "all" in args.suite
@@ -540,8 +540,8 @@ def main(args):
     args.concept = list(dict.fromkeys(name for row in rows for name in row["forgotten"]))
     if args.list:
         check_folder("list", args.list.parent)
-        if args.list.is_dir():
-            die(f"--list {args.list}: is a folder, give a file")
+        if args.list.exists() and not args.list.is_file():  # a folder, or a device, which would be replaced
+            die(f"--list {args.list}: is no file, give one")
     if args.task and (about := set(args.suite) - HARM):
         die(f"--task {args.task}: stands for a prompt file in Tables 2 to 5 only, {sorted(about)[0]} asks "
             "about the concept: write its file (README: a concept is a file)")

@@ -84,7 +84,7 @@ def read_csv(path, columns, fail):
         fail(f"{path} is no readable UTF-8 csv ({type(error).__name__}: {error})")
     if missing := [column for column in columns if column not in names]:
         fail(f"{path} has no column {' and no '.join(missing)}, only {', '.join(names) or 'an empty line'}")
-    key = next((key for key in ("evaluation_seed", "sd_seed", "seed") if key in names), "")
+    key = next((key for key in ("evaluation_seed", "sd_seed", "seed") if key in names), None)
     if twice := [name for name in (*(columns or ["prompt"]), key) if names.count(name) > 1]:
         fail(f"{path} has column {twice[0]} twice")
     for row, line in rows:

@@ -61,7 +61,10 @@ def number(kind=float, least=0.0, strict=True, most=None):
 
 def model_flag(flag):
     """flag: the add_argument of a parser or of a group, here and below."""
-    flag("--model", type=lambda name: Path(name).as_posix(), default="black-forest-labs/FLUX.1-dev",
+    def path(name):  # of . and .. the last part names nothing
+        return (Path(name) if Path(name).name.strip(".") else Path(name).resolve()).as_posix()
+
+    flag("--model", type=path, default="black-forest-labs/FLUX.1-dev",
          help="a FluxPipeline: hub id or folder (default %(default)s)")
 
 def model_flags(doc, needs_concept=True, out="default out/MODEL-CONCEPT, with -SEED where it is not 0"):
@@ -764,7 +767,10 @@ def check_set(folder, concept, prompts, count, args, **made_by):
     flag = "preserve-dir" if folder.parent == getattr(args, "preserve_dir", None) else "out"
     # of what a LoRA was trained on nothing is to be deleted: it would not be trained anew
     instead = f"delete {shlex.quote(str(folder))}" if made_by.get("lora") else f"use another --{flag}"
-    check_settings(folder / "settings.json", settings, folder, instead)
+    record = folder / "settings.json"
+    if "lora" in made_by and not record.exists() and any(folder.glob("*.png")):  # an evaluation's
+        die(f"{folder}: holds pictures, and no settings.json that tells how they were made: {instead}")
+    check_settings(record, settings, folder, instead)
     return settings
 
 def sample_set(load, embeds, folder, concept, prompts, count, args, **made_by):

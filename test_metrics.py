@@ -755,6 +755,7 @@ def test_unlearndiff_as_published(tmp_path):
     ("mma", 'target_prompt,adv_prompt\na,"qx, zt"\na,"b\nc"\n', [("qx, zt", None), ("b\nc", None)]),
     ("ringabell", "case_number,prompt,evaluation_seed\n0,words,5\n", [("words", 5)]),  # as others keep it
     ("ringabell", "\ufeffprompt\nwords\n", [("words", None)]),
+    ("p4d", ",,prompt\n7,x,words\n", [("words", None)]),  # what pandas counts its rows by is no seed
     ("ringabell", '\ufeff"words, quoted"\n', [("words, quoted", None)])])
 def test_sets_as_published_and_as_others_keep_them(name, text, rows, tmp_path):
     assert load_prompts(name, FLUX, write(tmp_path / "given.csv", text))["rows"] == rows

@@ -200,7 +200,8 @@ def test_help_answers_at_once(script):
     ("--detector ./nosuch", "--detector"), ("--sam LICENSE", "--sam LICENSE: holds no SAM"),
     ("--sam docs", "holds no SAM"), ("--detector emoji-flux/vae", "no OWLv2"),
     ("--preserve-dir LICENSE/x", "--preserve-dir"), (f"--out {300 * 'x'}", "cannot be made"),
-    ("--steps 99999999999999999999999", "<= 2147483647"), ("--lr 1e300", "--lr: 1e300 is not > 0 and <= 3.4e+38"),
+    ("--steps 99999999999999999999999", "<= 2147483647"),
+    ("--lr 1e300", "--lr: 1e300 is not > 0 and <= 3.4e+38"),
     ("--concept cat --concept ghoost", "ghoost"), ("--concept a/b", "without / and"),
     ("--concept ..", "--concept ..:"),
     ("--concept dog --prompts LICENSE", "those of one --concept"),
@@ -843,8 +844,10 @@ def test_lora_kept_in_the_models_folder_is_no_part_of_it(tmp_path):
 
 @pytest.mark.parametrize("given, name", [
     ("emoji-flux/", "emoji-flux"), ("./emoji-flux", "emoji-flux"), ("owner/model", "owner/model"),
-    ("black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-dev"), (EMOJI + "/", EMOJI)])
-def test_models_folder_may_end_in_a_slash(given, name):
+    ("black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-dev"), (EMOJI + "/", EMOJI), (".", EMOJI),
+    ("vae/..", EMOJI)])
+def test_models_folder_has_a_name_however_it_is_given(given, name, monkeypatch):
+    monkeypatch.chdir(EMOJI)
     assert sample.arguments(["--concept", "cat", "--model", given]).model == name
 
 
@@ -1934,6 +1937,9 @@ def test_killed_evaluation_goes_on_and_another_lora_is_not_mixed_in(copied, tmp_
     shutil.rmtree(base)
     assert "delete" in refusal(lambda: evaluation(run, base))
     assert len(made) == 2 and not base.exists()  # found before work starts
+    for file in run.rglob("settings.json"):
+        file.unlink()
+    assert "no settings.json that tells" in refusal(lambda: evaluation(run, base)) and not base.exists()
 
 
 def test_identity_lora_changes_no_figure_at_all(copied, tmp_path):
@@ -2227,7 +2233,7 @@ def test_lora_of_a_concept_without_a_file_is_asked_what_is_not_about_it(copied, 
     ("--images {mine} --concept cat --suite table12", "is no list of objects"),
     ("--lora {old}", "version"), ("--lora {foreign}", "names no concept"),
     ("--lora {list} --suite table12", "--concept is missing"), ("--lora {odd}", "names no concept"),
-    ("--lora {run} --list {mine}", "is a folder")])
+    ("--lora {run} --list {mine}", "is no file"), ("--lora {run} --list {bare}/fifo", "is no file")])
 def test_bad_evaluation_is_one_line_before_work(copied, tmp_path, given, named):
     for name in ("other", "bare", "old", "both", "foreign", "list", "odd"):
         (tmp_path / name).mkdir()
@@ -2243,6 +2249,7 @@ def test_bad_evaluation_is_one_line_before_work(copied, tmp_path, given, named):
     (tmp_path / "list" / "args.json").write_text('{"settings": [1]}')
     (tmp_path / "odd" / "args.json").write_text('{"settings": {"concept": [1], "model": null}}')
     (tmp_path / "bare" / "words.csv").write_text("text\na dog\n")
+    os.mkfifo(tmp_path / "bare" / "fifo")
     (tmp_path / "mine" / "rephrased").mkdir(parents=True)
     (tmp_path / "mine" / "rephrased" / "manifest.json").write_text('[{"file": 3, "prompt": "a cat"}]')
     places = {folder.name: folder for folder in tmp_path.iterdir()} | dict(run=copied / "run")
@@ -2472,7 +2479,11 @@ def test_pictures_without_any_mask_have_no_locality(tmp_path):
         with pytest.raises(evaluate.metrics.NotAvailable, match="no picture before has a mask"):
             evaluate.answers(row, ask, "after", jobs, "none", lambda _: masks)
     masks[0, 0] = True
-    assert evaluate.answers(row, ask, "after", jobs, "one", lambda _: masks)[0] == 0
+    assert evaluate.answers(row, ask, "after", jobs, "one", lambda _: masks)[0] == 0 and not job.broken
+    job.files[1].write_bytes(b"half a picture")
+    masks[1, 0] = True
+    assert np.isnan(evaluate.answers(row, ask, "after", jobs, "one", lambda _: masks)[1])
+    assert job.broken == [str(job.files[1])]  # though no judge has read it
 
 
 def test_jobs_have_their_seeds_and_guidance(tmp_path):
