@@ -360,7 +360,7 @@ PARTS = dict(
     tokenizer_2=("tokenizer_config", "model_max_length"), transformer=("config", "guidance_embeds"),
     vae=("config", "sample_size"), text_encoder=("config", "architectures"),
     text_encoder_2=("config", "architectures"))
-
+# what tokenizers call theirs: a folder holds one of them
 VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
 
 def missing_part(folder):
@@ -781,8 +781,7 @@ def sample_set(load, embeds, folder, concept, prompts, count, args, **made_by):
     with those that are there; of these, seeds is one a prompt, for sets that have their own.
     """
     world, group, seeds = PartialState(), args.sample_batch, made_by.get("seeds")
-    there = [int(file.stem) + 1 for file in folder.glob("*.png") if file.stem.isdecimal()]
-    listed = max([count, *there])  # more from an earlier run
+    listed = max(count, sum(file.stem.isdigit() for file in folder.glob("*.png")))  # more from an earlier run
     rows = [dict(file=f"{i:03}.png", prompt=prompts[i % len(prompts)],
                  seed=seeds[i % len(seeds)] if seeds else seed_of(args.seed, concept, i),
                  model=args.model, size=args.size) for i in range(-(-listed // group) * group)]

@@ -566,9 +566,8 @@ def test_more_images_never_change_the_earlier_ones(tmp_path):
     assert len({p.read_bytes() for p, _ in more}) == 7
     more[1][0].unlink()
     more[2][0].write_bytes(b"mended by hand")
-    listed = sample.sample_set(lambda: pipe, embeds, tmp_path / "grown", "cat", prompts, 3, args)
+    assert sample.sample_set(lambda: pipe, embeds, tmp_path / "grown", "cat", prompts, 3, args) == more[:3]
     assert more[1][0].read_bytes() == before[1] and more[2][0].read_bytes() == b"mended by hand"
-    assert len(json.loads((tmp_path / "grown" / "manifest.json").read_text())) == 7 and listed == more[:3]
     assert sample.sample_set(lambda: 1 / 0, {}, tmp_path / "grown", "cat", prompts, 3, args) == more[:3]
     manifest, other = (json.loads((tmp_path / name / "manifest.json").read_text())
                        for name in ("grown", "at_once"))
