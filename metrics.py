@@ -41,7 +41,10 @@ def reach(name, how="connect, or give a folder in its place"):
     except Exception as error:  # the hub's HTTP and the loaders have many classes of their own
         if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error)):
             raise
-        raise NotAvailable(f"{name} cannot be loaded ({type(error).__name__}), {how}") from error
+        why = type(error).__name__
+        if Path(name).is_dir():
+            why, how = (str(error).strip() or why).splitlines()[0], "mend it, or give another"
+        raise NotAvailable(f"{name} cannot be loaded ({why}), {how}") from error
 
 def wilson(yes, n, z=1.96):
     """Wilson's 95 % interval of a rate, in percent."""

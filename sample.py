@@ -165,8 +165,8 @@ OUT_OF_MEMORY = re.compile("out of memory|not enough memory|can't allocate memor
 
 def guarded(main, args):
     """main(args), where what goes wrong during work becomes one line that says how to go on."""
-    go_on = "; what is finished is kept, and the same command goes on from there"
-    go_on *= not hasattr(args, "bench")  # which keeps nothing
+    kept = "; what is finished is kept" * (not hasattr(args, "bench"))  # which keeps nothing
+    go_on = kept and f"{kept}, and the same command goes on from there"
     if hasattr(sys.stdout, "reconfigure"):  # not a closed one; a letter that it lacks shall not end the work
         sys.stdout.reconfigure(errors="backslashreplace")
     # a job's time is over, or another process of accelerate launch has died
@@ -196,7 +196,7 @@ def guarded(main, args):
             die(f"{said}{go_on}", 1)
         ours = [f for f in traceback.extract_tb(error.__traceback__) if ROOT in Path(f.filename).parents]
         place = f"{Path(ours[-1].filename).name}:{ours[-1].lineno}"
-        die(f"{said} ({type(error).__name__}, {place}); what is finished is kept", 1)
+        die(f"{said} ({type(error).__name__}, {place}){kept}", 1)
 
 def allowed(prompts, what):
     """The prompts that do not mention minors; prints how many do, by the word that gave each away."""
@@ -691,11 +691,12 @@ def encode_prompts(prompts, args):
     What mentions minors only once put together, as pairs are, has passed the filter by its parts: refused."""
     if odd := sorted(prompt for prompt in prompts if minors_in(prompt)):
         die(f"{odd[0]}: mentions minors once put together: mend the concept's file", 1)
-    where = dict(revision=args.weights, dtype=args.dtype)
-    encoders = {part: load_whole(kind, args.model, subfolder=part, **where)
+    less, where = dict(transformer=None, vae=None), args.model
+    if not Path(where).is_dir():  # by its name transformers would ask the hub again, a minute if it is away
+        where = FluxPipeline.download(where, revision=args.weights, **less)
+    encoders = {part: load_whole(kind, where, subfolder=part, dtype=args.dtype)
                 for part, kind in (("text_encoder", CLIPTextModel), ("text_encoder_2", T5EncoderModel))}
-    pipe = FluxPipeline.from_pretrained(args.model, transformer=None, vae=None, **encoders, **where)
-    pipe.to(args.device)
+    pipe = FluxPipeline.from_pretrained(where, dtype=args.dtype, **encoders, **less).to(args.device)
     config = FluxTransformer2DModel.load_config(args.model, subfolder="transformer", revision=args.weights)
     length = text_length(pipe.tokenizer_2.model_max_length, config)
     found = {}

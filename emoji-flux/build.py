@@ -150,12 +150,16 @@ def fit(stage, model, loss_of, steps, args, lr, ema=0.999, save=None):
     kept = [model, average, *optimizers]  # what a checkpoint holds, beside its step
     start = 0
     if path.exists():
-        start, states, made = torch.load(path)
+        try:
+            start, states, made = torch.load(path)
+            for part, state in zip(kept, states):
+                part.load_state_dict(state)
+        except Exception as error:  # torch has many names for it
+            die(f"{path}: cannot be read, or is of another network ({type(error).__name__}): delete it, or "
+                "give another --work", 1)
         if made != (args.go_on, args.seed):
             die(f"{path}: was made with --go-on {made[0]}, --seed {made[1]}: delete it, or give another "
                 "--work", 1)
-        for part, state in zip(kept, states):
-            part.load_state_dict(state)
         if args.go_on and start >= steps:
             die(f"{path}: is complete; delete it to go on from the committed weights", 1)
     model.train()
@@ -199,7 +203,10 @@ def build_art(args):
     atlas = Image.new("RGBA", (side * len(world.NAMES), side * len(PACKAGES)))
     for row, (package, place) in enumerate(PACKAGES.values()):
         pack = ["npm", "pack", package, "--silent", "--pack-destination", args.work]
-        done = subprocess.run(pack, check=True, capture_output=True, text=True)
+        try:
+            done = subprocess.run(pack, check=True, capture_output=True, text=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            die(f"{' '.join(pack[:3])}: failed ({type(error).__name__}): install npm, or connect", 1)
         with tarfile.open(args.work / done.stdout.strip()) as tar:
             files = set(tar.getnames())
             for column, code in enumerate(world.CODES.values()):
