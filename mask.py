@@ -13,7 +13,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from urllib.request import Request, urlopen
 
-from sample import (VOCABULARIES, check_settings, contact_sheet, die, guarded, keep_settings, load_whole,
+from sample import (check_settings, contact_sheet, die, guarded, has_vocabulary, keep_settings, load_whole,
                     lock, mask_flags, model_flags, open_image, save_image, setup)
 
 def arguments(given=None):
@@ -149,9 +149,11 @@ def check_networks(args, concepts=()):
             if here or isinstance(error, KeyError):
                 why = "is no OWLv2 or GroundingDINO, by its config.json"
             die(f"--detector {args.detector}: {why}")
-    for some in (("*.safetensors", "*.bin"), VOCABULARIES, ("*processor_config.json",)) * here:
+    for some in (("*.safetensors", "*.bin"), ("*processor_config.json",)) * here:
         if not any(file for name in some for file in Path(args.detector).glob(name)):
             die(f"--detector {args.detector}: holds no {some[0]}")
+    if here and not has_vocabulary(args.detector):
+        die(f"--detector {args.detector}: holds no tokenizer.json")
     if any(c["task"] in ("object", "ip") for c in concepts) and "://" in args.sam:
         if not Path(torch.hub.get_dir(), "checkpoints", Path(args.sam).name).exists():  # as torch keeps it
             try:

@@ -215,6 +215,10 @@ def read_text(path, flag=None):
         what = f"{flag} {path}" if flag else path
         die(f"{what}: is no readable UTF-8 text ({type(error).__name__})")
 
+def lines_of(path, flag=None):
+    """A text file's lines, less blank ones and comments."""
+    return [line for line in map(str.strip, read_text(path, flag).splitlines()) if line and line[0] != "#"]
+
 def no_name(text):
     """Can no file or folder, of a path's many, be called so?"""
     return re.search(r"[/\\]|^\.*$", text) or len(os.fsencode(text)) > 80
@@ -233,10 +237,8 @@ def load_concept(model, name):
     keys = "task concept detect neighbours unrelated unseen backgrounds styles".split()
     sections = "train eval paraphrases preserve".split()
     found, section = {}, None
-    for line in filter(None, map(str.strip, read_text(path).splitlines())):
+    for line in lines_of(path):
         key, colon, value = line.partition(":")
-        if line.startswith("#"):
-            continue
         if line.startswith("[") and line.strip("[]") in sections:
             section = found.setdefault(line.strip("[]"), [])
         elif section is not None and not line.startswith("["):
@@ -268,9 +270,7 @@ def load_concept(model, name):
 
 def read_prompts(flag, path):
     """The lines of a text file of prompts, less what the filter drops."""
-    lines = filter(None, map(str.strip, read_text(path, flag).splitlines()))
-    mine = allowed([line for line in lines if line[0] != "#"], f"{flag} {path}")
-    return mine or die(f"{flag} {path}: holds no prompt")
+    return allowed(lines_of(path, flag), f"{flag} {path}") or die(f"{flag} {path}: holds no prompt")
 
 MEND = "mend it or take it away"
 PICTURES = ".png .jpg .jpeg .webp .bmp .gif .tif .tiff".split()
@@ -360,8 +360,11 @@ PARTS = dict(
     tokenizer_2=("tokenizer_config", "model_max_length"), transformer=("config", "guidance_embeds"),
     vae=("config", "sample_size"), text_encoder=("config", "architectures"),
     text_encoder_2=("config", "architectures"))
-# what tokenizers call theirs: a folder holds one of them
-VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
+
+def has_vocabulary(folder):
+    """Does a tokenizer's folder hold its words? Without them transformers reads any prompt as unknown."""
+    names = "tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model"
+    return any((Path(folder) / name).exists() for name in names)
 
 def missing_part(folder):
     """The file that a pipeline's folder lacks, or holds cut short; None if all of its parts are there."""
@@ -373,8 +376,8 @@ def missing_part(folder):
             path = folder / part / f"{name}.json"
             if key not in json.loads(path.read_text()):
                 return path
-            if name == "tokenizer_config" and not any((folder / part / v).exists() for v in VOCABULARIES):
-                return folder / part / VOCABULARIES[0]
+            if name == "tokenizer_config" and not has_vocabulary(folder / part):
+                return folder / part / "tokenizer.json"
             for path in (folder / part).glob("*.safetensors.index.json"):
                 shards = json.loads(path.read_text())["weight_map"]
                 weights |= {path.parent / name for name in shards.values()}
@@ -676,11 +679,10 @@ def text_length(longest, transformer):
     return longest if transformer["guidance_embeds"] else min(longest, 256)
 
 def load_whole(kind, name, **given):
-    """kind.from_pretrained(name), less its kindness: an OSError where weights, or the vocabulary beside them,
-    are missing, in whose place it would give random and empty ones."""
-    here = Path(name).is_dir() and "subfolder" not in given
-    if here and not any((Path(name) / file).exists() for file in VOCABULARIES):
-        raise OSError(f"{name}: holds no {VOCABULARIES[0]}")
+    """kind.from_pretrained(name), but an OSError where weights, or the vocabulary beside them (beside a
+    subfolder's is none), are missing, in whose place it would give random and empty ones."""
+    if Path(name).is_dir() and "subfolder" not in given and not has_vocabulary(name):
+        raise OSError(f"{name}: holds no tokenizer.json")
     model, found = kind.from_pretrained(name, output_loading_info=True, **given)
     if lost := found["missing_keys"]:
         raise OSError(f"{name}, {kind.__name__}: its weights lack {min(lost)}")
