@@ -58,7 +58,7 @@ sys.path.insert(0, EMOJI)
 import build  # noqa: E402
 import world  # noqa: E402
 
-gc.freeze()  # what the imports left need not be searched at the end of each stage, 0.3 s a time
+gc.freeze()  # so that gc.collect() at each stage's end skips the imports' objects, 0.3 s each time
 
 SMALL = ("--n-forget 10 --n-preserve 2 --sample-steps 2 --steps 12 --checkpoint-every 5 --optimizer adamw "
          "--min-found 0.2 --sample-batch 2 --batch 2").split()
@@ -132,6 +132,10 @@ def trained(tmp_path_factory):
     return out
 
 
+def copy_of_model(folder):
+    return shutil.copytree(EMOJI, folder, ignore=shutil.ignore_patterns("loras"))
+
+
 def flags(model=EMOJI, **more):
     """What encode_prompts, load_denoiser and check_model take."""
     return Namespace(**dict(model=model, weights=None, seed=0, device="cpu", dtype=torch.float32,
@@ -187,8 +191,8 @@ def test_help_answers_at_once(script):
 @pytest.mark.parametrize("given, named", [
     ("--eta 0", "--eta"), ("--gamma -1", "--gamma"), ("--beta nan", "--beta"), ("--lr inf", "--lr"),
     ("--tau nan", "--tau"), ("--steps 0", "--steps"), ("--batch 0", "--batch"), ("--rank 0", "--rank"),
-    ("--size 60", "--size"), ("--accumulate 3", "--accumulate"), ("--concept kat", "cat, clown"),
-    ("--concept kat", "(README: a concept is a file)"), ("--model docs", "FluxPipeline"),
+    ("--size 60", "--size"), ("--accumulate 3", "--accumulate"), ("--model docs", "FluxPipeline"),
+    ("--concept kat", "unicorn, whale; for another write"),
     ("--lambda-prior -1", "--lambda-prior"), ("--eta one", "--eta"), ("--out LICENSE/cat", "--out"),
     ("--threshold nan", "--threshold"), ("--batch 60", "10 forget (--n-forget)"),
     ("--device mps", "--device"), ("--quantize nf4", "CUDA GPU"), ("--prompts LICENSES", "--prompts"),
@@ -310,7 +314,7 @@ def test_model_on_the_hub_is_weighed_by_its_files(extra, free, refused, monkeypa
     "transformer", "text_encoder_2", "vae/config.json", "cut short", "shards", "tokenizer_2", "scheduler",
     "transformer/config.json", "tokenizer/tokenizer.json"])
 def test_model_with_a_missing_part_is_refused_before_work(broken, tmp_path, monkeypatch):
-    shutil.copytree(EMOJI, folder := tmp_path / "model", ignore=shutil.ignore_patterns("loras"))
+    folder = copy_of_model(tmp_path / "model")
     weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
     if broken == "cut short":
         weights.write_bytes(weights.read_bytes()[:-5])
@@ -338,10 +342,9 @@ def test_model_with_a_missing_part_is_refused_before_work(broken, tmp_path, monk
     ("detector", lambda model: mask.load_detector(str(model / "detector"), "cpu")),
     ("clip", lambda model: evaluate.metrics.load_judge(str(model / "clip"), "cpu", torch.float32))])
 def test_networks_are_never_filled_in_at_random(part, use, tmp_path):
-    """Nor a vocabulary by an empty one, of which only the first two parts have none beside them."""
-    shutil.copytree(EMOJI, tmp_path / "model", ignore=shutil.ignore_patterns("loras"))
+    """Nor is a missing vocabulary replaced by an empty one (the text encoders' have folders of their own)."""
+    copy_of_model(tmp_path / "model")
     file = tmp_path / "model" / part / "model.safetensors"
-    use(tmp_path / "model")
     save_file({key: value for key, value in load_file(file).items() if not key.endswith("layer_norm1.bias")
                and "block.0.layer.0.layer_norm" not in key}, file, dict(format="pt"))
     with pytest.raises((OSError, evaluate.metrics.NotAvailable)) as error:
@@ -409,7 +412,7 @@ def test_fewer_images_are_whole_groups_and_a_concept_has_its_steps():
 
 @pytest.mark.parametrize("kept", [torch.bfloat16, torch.float32])  # in the folder, which changes nothing
 def test_too_large_a_model_is_refused_with_both_figures(kept, tmp_path, monkeypatch):
-    model = shutil.copytree(EMOJI, tmp_path / "model", ignore=shutil.ignore_patterns("loras"))
+    model = copy_of_model(tmp_path / "model")
     path, = (model / "transformer").glob("*.safetensors")
     save_file({key: value.to(kept) for key, value in load_file(path).items()}, path)
     monkeypatch.setattr(sample.psutil, "virtual_memory", lambda: Namespace(available=2**20))
@@ -489,15 +492,17 @@ def test_table_1s_other_two_are_not_preserved(category):
 def test_prompt_file_with_a_mistake_is_refused(old, new, named, tmp_path):
     (tmp_path / "prompts").mkdir()
     text = (ROOT / "emoji-flux" / "prompts" / "cat.txt").read_text()
-    comma = text.replace("a house\n", "a house,\n", 1)
-    comma = comma.replace("[train]\n", "[train]\n# the plain ones\n")
-    (tmp_path / "prompts" / "cat.txt").write_text("\ufeff" + comma, "utf-8")
-    concept = sample.load_concept(tmp_path, "cat")  # a mark at the start, and a last comma, are none
-    assert not any(prompt.startswith("#") for prompt in concept["train"])
-    assert concept["task"] == "object" and concept["unrelated"][-1] == "a house"
-    text = text.replace("[preserve]", "[preserve]\na very {}")  # none of both mentions minors
+    text = text.replace("[preserve]", "[preserve]\na very {}")  # neither line alone mentions minors
     (tmp_path / "prompts" / "cat.txt").write_text(text.replace(old, new, 1))
     assert named in refusal(lambda: sample.load_concept(tmp_path, "cat"))
+
+
+def test_prompt_file_may_have_a_byte_order_mark_a_last_comma_and_comments(tmp_path):
+    (tmp_path / "prompts").mkdir()
+    text = (ROOT / "emoji-flux" / "prompts" / "cat.txt").read_text().replace("a house\n", "a house,\n", 1)
+    text = text.replace("[train]\n", "[train]\n# the plain ones\n")
+    (tmp_path / "prompts" / "cat.txt").write_text("\ufeff" + text, "utf-8")
+    assert sample.load_concept(tmp_path, "cat") == sample.load_concept(EMOJI, "cat")
 
 
 def test_phrase_mentions_a_concept_by_any_of_its_words():
@@ -544,15 +549,19 @@ SETTINGS = dict(model="m", weights="", seed=0, size=64, sample_steps=3, sample_g
 
 
 def test_guidance_and_the_whole_prompt_reach_the_pictures():
-    embeds = sample.encode_prompts(["a cat"], flags())
+    long = [f"a cat and a dog on a {colour} background in twemoji style" for colour in ("blue", "green")]
+    embeds = sample.encode_prompts(["a cat", *long], flags())
     assert embeds["a cat"][0].shape == (20, 128)  # the tokenizer's model_max_length
     pipe = sample.place(sample.load_denoiser(flags()), flags())
     one, same, five = (np.asarray(sample.generate(pipe, embeds, ["a cat"], [0], 4, guidance, 64)[0], float)
                        for guidance in (1.0, 1.0, 5.0))
     assert (one == same).all() and np.abs(one - five).mean() > 1
+    blue, green = sample.generate(pipe, embeds, long, [0, 0], 4, 3.5, 64)
+    assert np.abs(np.asarray(blue, float) - np.asarray(green, float)).mean() > 1
 
 
 def test_more_images_never_change_the_earlier_ones(tmp_path):
+    assert sample.seed_of(0, "cat", 3) == 1623837123  # the CRC-32 of 0/cat/3: published figures hang on it
     args = Namespace(**SETTINGS | dict(model=EMOJI))
     prompts = ["a cat", "a dog on a blue background"]
     embeds = sample.encode_prompts(prompts, flags())
@@ -730,13 +739,6 @@ def test_nudity_masks_are_nudenets_exposed_boxes(monkeypatch):
     assert np.array_equal(found, wanted)
 
 
-def test_hazard_masks_are_rectangles(tmp_path):
-    hazard = sample.load_concept(EMOJI, "hazard")
-    found, = mask.find_masks([scene_image(["bomb"])[0]], hazard, mask_args(tmp_path))
-    ys, xs = np.nonzero(found)
-    assert len(ys) == (np.ptp(ys) + 1) * (np.ptp(xs) + 1) > 0
-
-
 @pytest.mark.parametrize("key", ["detector", "sam", "weights"])
 def test_masks_of_another_network_are_refused(key, tmp_path):
     cat = sample.load_concept(EMOJI, "cat")
@@ -745,11 +747,11 @@ def test_masks_of_another_network_are_refused(key, tmp_path):
     assert f"{key} = " in refusal(lambda: mask.check_masks(tmp_path, cat, other))
 
 
-def test_sample_and_mask_as_scripts(tmp_path):
+def test_sample_and_mask_leave_the_models_folder_as_it_is(tmp_path):
     given = ["--model", EMOJI, "--concept", "cat", "--out", str(tmp_path)]
     few = "--n-forget 2 --n-preserve 1 --sample-steps 2 --sample-batch 2".split()
 
-    def files_of_the_model():  # whose folder may be read-only
+    def files_of_the_model():  # it may be read-only
         return {f: f.stat().st_mtime_ns for f in Path(EMOJI).rglob("*") if "__pycache__" not in f.parts}
 
     there = files_of_the_model()
@@ -759,7 +761,7 @@ def test_sample_and_mask_as_scripts(tmp_path):
     assert files_of_the_model() == there
 
 
-def test_masks_of_no_concept_are_made_where_one_is_refused(tmp_path):
+def test_one_refused_concept_means_no_masks_at_all(tmp_path):
     for name in ("cat", "dog"):
         draw(tmp_path / "forget" / name, 1, name)
     given = ["--model", EMOJI, "--out", str(tmp_path)]
@@ -806,8 +808,8 @@ def test_networks_are_needed_for_masks_that_are_not_there(tmp_path):
 
 
 def test_thin_mask_of_your_own_survives_the_resize():
-    """A cell is in if any of its pixels is, at every size; each line at 100 positions."""
-    for x in range(100):
+    """A cell is in if any of its pixels is; a line at each of the ten places in a cell."""
+    for x in range(10):
         pole = np.full((640, 900), 100, np.uint8)  # which is black, as in training
         pole[100:500, 200 + x:203 + x] = 200
         small = np.asarray(sample.square(Image.fromarray(pole), 64)) > 127
@@ -815,7 +817,7 @@ def test_thin_mask_of_your_own_survives_the_resize():
         assert (small == wanted).all() and wanted.any()
 
 
-def test_of_an_animation_the_first(tmp_path):
+def test_animation_is_read_as_its_first_frame(tmp_path):
     Image.new("RGB", (8, 8), "red").save(tmp_path / "a.gif", save_all=True,
                                          append_images=[Image.new("RGB", (8, 8), "blue")])
     assert sample.open_image(tmp_path / "a.gif").getpixel((0, 0))[0] > 200
@@ -838,7 +840,7 @@ def test_prompts_of_your_own_replace_the_files(tmp_path):
 
 
 def test_lora_kept_in_the_models_folder_is_no_part_of_it(tmp_path):
-    model = shutil.copytree(EMOJI, tmp_path / "model", ignore=shutil.ignore_patterns("loras"))
+    model = copy_of_model(tmp_path / "model")
     wanted = sample.check_model(flags(str(model)))
     shutil.copytree(Path(EMOJI) / "loras" / "cat", model / "mine")
     assert sample.check_model(flags(str(model))) == wanted
@@ -889,8 +891,9 @@ def test_preserve_set_never_holds_anothers_target(model, names, tmp_path):
 
 def test_scenes_do_not_contradict_themselves():
     """No photo in watercolor style: the sentence ends with the style that the judge is asked about."""
-    scenes, _ = promptsets.plan_images(sample.load_concept("none", "pikachu"), 100, 3.5)[0]["scenes"]
-    assert len(scenes) > 5 and not [prompt for prompt in scenes if re.search("photo|illustration", prompt)]
+    for file in (ROOT / "prompts").glob("*.txt"):
+        scenes, _ = promptsets.plan_images(sample.load_concept("none", file.stem), 100, 3.5)[0]["scenes"]
+        assert len(scenes) > 5 and not [said for said in scenes if re.search("photo|illustration", said)]
 
 
 def test_stage_of_the_build_goes_on_to_the_same_bits(tmp_path, monkeypatch):
@@ -919,7 +922,7 @@ def test_stage_of_the_build_goes_on_to_the_same_bits(tmp_path, monkeypatch):
 
 
 def test_flow_made_anew_drops_what_was_distilled_from_the_old(tmp_path, monkeypatch):
-    model = shutil.copytree(EMOJI, tmp_path / "model", ignore=shutil.ignore_patterns("loras"))
+    model = copy_of_model(tmp_path / "model")
     fakes = dict(HERE=model, latents=lambda _: (None, [dict(names=("cat",))]), save_flow=lambda _: None,
                  fit=lambda stage, flow, *_, **__: flow)
     for name, fake in fakes.items():
@@ -932,7 +935,7 @@ def test_flow_made_anew_drops_what_was_distilled_from_the_old(tmp_path, monkeypa
         assert {f.name for f in work.iterdir()} == left
 
 
-def test_readme_that_is_no_card_stays(tmp_path):
+def test_readme_that_is_not_our_model_card_is_not_overwritten(tmp_path):
     (tmp_path / "README.md").write_text("my notes")
     assert "holds a README.md" in refusal(lambda: run_train(tmp_path))
     assert [f.name for f in tmp_path.iterdir()] == ["README.md"]
@@ -967,13 +970,15 @@ def test_training_leaves_what_it_promises(trained, tmp_path, capsys):
     assert len(log) == 12 and {row["d_lr"] for row in log} == {"0.001"}  # AdamW's
     assert {row["forwards"] for row in log} == {"12"}  # 2 + 2 images x reference, forward, backward
     assert {step.name for step in trained.glob("step-*")} == {"step-6", "step-12"}
-    shutil.copytree(trained, tmp_path / "cat", ignore=shutil.ignore_patterns("step-12"))
-    run_train(tmp_path / "cat", "--save-every", "6")  # all steps are done
-    assert "--save-every: the LoRA of step 12 was not kept" in capsys.readouterr().out
     assert not list(trained.rglob("*.tmp"))
+    out = shutil.copytree(trained, tmp_path / "cat", ignore=shutil.ignore_patterns("step-12", "log.csv"))
+    run_train(out, "--save-every", "6", "--accumulate", "2")  # all steps are done; it may change
+    assert "--save-every: the LoRA of step 12 was not kept" in capsys.readouterr().out
+    assert (out / "log.csv").read_bytes() == (trained / "log.csv").read_bytes()  # written again
+    assert (out / WEIGHTS).stat().st_mode == (out / "log.csv").stat().st_mode  # others may read it, too
 
 
-# (what is called, for which time) when the process is killed; the last five: while a checkpoint is written
+# (function, n): the process is killed in its n-th call; the last five write a checkpoint
 MOMENTS = [("train.encode_prompts", 1), ("sample.save_image", 7), ("sample.generate", 2),
            ("sample.keep_settings", 3), ("sample.contact_sheet", 1), ("mask.save_image", 1),
            ("mask.save_image", 4), ("mask.contact_sheet", 1), ("train.encode_images", 1),
@@ -1017,7 +1022,7 @@ def check_restart(uninterrupted, out, function, time):
         assert (out / name).read_bytes() == (uninterrupted / name).read_bytes(), name
 
 
-def test_of_two_runs_that_share_a_set_and_begin_at_once_one_is_refused(tmp_path):
+def test_second_of_two_simultaneous_runs_with_other_settings_is_refused(tmp_path):
     folder, begun = tmp_path / "cat", threading.Event()
     folder.mkdir()
 
@@ -1040,7 +1045,7 @@ def test_of_two_runs_that_share_a_set_and_begin_at_once_one_is_refused(tmp_path)
     assert "sample_steps = 6, not 4" in line
 
 
-def test_refusal_is_said_by_one_process_of_a_launch_and_whoever_else_sets_rank(monkeypatch, capsys):
+def test_only_rank_0_of_a_launch_prints_a_refusal_and_rank_alone_is_no_launch(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     assert refusal(lambda: sample.die("no")) == "error: no"
     monkeypatch.setenv("LOCAL_RANK", "1")
@@ -1132,7 +1137,7 @@ def test_nan_stops_and_keeps_the_last_good_state(tmp_path, monkeypatch):
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 2
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut short", "foreign", "another run's"])
+@pytest.mark.parametrize("content", [b"", "foreign", "another run's"])
 def test_checkpoint_that_is_cut_short_or_foreign_is_refused(trained, tmp_path, content):
     shutil.copy(trained / "checkpoint.pt", made := tmp_path / "checkpoint.pt")  # whose stamp is not ours
     if content == "foreign":
@@ -1154,6 +1159,10 @@ def test_checkpoint_without_its_settings_is_refused(trained, tmp_path):
     assert "no args.json" in refusal(lambda: run_train(out, "--save-every", "6"))
     shutil.copytree(ROOT / "emoji-flux" / "loras" / "cat", shipped := tmp_path / "shipped")
     assert "made with" in refusal(lambda: run_train(shipped))  # it has no checkpoint
+    drawn_cats(kept := tmp_path / "kept")  # of a run that died before its first checkpoint
+    shutil.copytree(trained / "step-6", kept / "step-6")
+    shutil.copy(trained / "args.json", kept)
+    assert "eta = 1.0, not 2.0" in refusal(lambda: run_train(kept, "--eta", "2"))
 
 
 def test_resumed_run_forgets_and_preserves_what_it_did(trained, monkeypatch):
@@ -1166,14 +1175,6 @@ def test_resumed_run_forgets_and_preserves_what_it_did(trained, monkeypatch):
         monkeypatch.setattr(sample, "load_concept", lambda *_: cat | {key: value})
         line = refusal(lambda: run_train(trained, "--save-every", "6"))
         assert said in line and "another --out" in line and "delete" not in line
-
-
-def test_log_that_is_lost_is_written_again(trained, tmp_path):
-    shutil.copytree(trained, out := tmp_path / "cat")
-    (out / "log.csv").unlink()
-    run_train(out, "--save-every", "6", "--accumulate", "2")  # which, after an out of memory, may change
-    assert (out / "log.csv").read_bytes() == (trained / "log.csv").read_bytes()
-    assert (out / WEIGHTS).stat().st_mode == (out / "log.csv").stat().st_mode  # others may read it, too
 
 
 def test_checkpoint_before_the_last_is_used_only_if_it_is_put_there(tmp_path):
@@ -1191,11 +1192,9 @@ def test_checkpoint_before_the_last_is_used_only_if_it_is_put_there(tmp_path):
 
 
 def test_corrupt_image_is_named(trained, tmp_path):
-    out = tmp_path / "cat"
-    shutil.copytree(trained, out)
-    picture = next((out / "preserve").glob("*/000.png"))
-    picture.write_bytes(picture.read_bytes()[:100])
-    assert str(picture) in refusal(lambda: run_train(out, "--save-every", "6"), 1)
+    picture = next((trained / "preserve").glob("*/000.png"))
+    (broken := tmp_path / "000.png").write_bytes(picture.read_bytes()[:100])
+    assert str(broken) in refusal(lambda: train.encode_images(None, [broken], 64), 1)
 
 
 def test_full_disk_is_one_line_and_leaves_no_half_file(tmp_path):
@@ -1210,23 +1209,13 @@ def test_full_disk_is_one_line_and_leaves_no_half_file(tmp_path):
     assert not (tmp_path / "checkpoint.pt").exists() and not list(tmp_path.rglob("*.tmp"))
 
 
-def test_kept_loras_of_other_settings_are_not_mixed_with_ours(trained, tmp_path):
-    out = drawn_cats(tmp_path / "cat")  # of a run that died before its first checkpoint
-    shutil.copytree(trained / "step-6", out / "step-6")
-    shutil.copy(trained / "args.json", out)
-    assert "eta = 1.0, not 2.0" in refusal(lambda: run_train(out, "--eta", "2"))
-
-
-def test_images_of_other_weights_are_refused(trained, tmp_path):
-    shutil.copytree(EMOJI, model := tmp_path / "emoji-flux", ignore=shutil.ignore_patterns("loras"))
-    shutil.copytree(trained, out := tmp_path / "cat")
-    (out / "checkpoint.pt").unlink()
-    for record in out.rglob("*.json"):  # as if they had been made with the model of that name
-        record.write_text(record.read_text().replace(EMOJI, str(model)))
-    with open(next((model / "transformer").glob("*.safetensors")), "r+b") as file:
+def test_weights_of_the_same_name_are_told_apart(tmp_path):
+    args = flags(str(copy_of_model(tmp_path / "model")))
+    _, before = sample.check_model(args)
+    with open(next((tmp_path / "model" / "transformer").glob("*.safetensors")), "r+b") as file:
         file.seek(-4, 2)
         file.write(b"else")
-    assert "weights = " in refusal(lambda: run_train(out, "--model", str(model)))
+    assert sample.check_model(args)[1] != before  # check_set refuses images of other weights
 
 
 def test_images_and_masks_of_other_settings_are_refused_and_nothing_is_written(trained, tmp_path):
@@ -1258,23 +1247,19 @@ def random_data(transformer, n):
     return torch.randn(n, 64, 64, generator=rng), embeds
 
 
-def test_split_batch_and_checkpointing_have_the_same_gradient():
-    args = Namespace(**RECIPE, batch=4, seed=0, noise="uniform", device="cpu")
+def test_checkpointing_has_the_same_gradient():
+    args = Namespace(**RECIPE, batch=4, accumulate=1, seed=0, noise="uniform", device="cpu")
     transformer = tuned()
     lora, (x, embeds) = perturb(transformer), random_data(transformer, 5)
     forget, preserve = (x, torch.ones_like(x), [""] * 5), (x, [""] * 5)
     gradients = []
-    for args.accumulate in (1, 2, 4, 1):
-        if len(gradients) == 3:  # what is recomputed must see the adapters that were on
-            transformer.enable_gradient_checkpointing()
-        for part in train.batch_of(0, forget, preserve, embeds, args):
-            (train.iteration(transformer, *part, args)[0] / args.accumulate).backward()
+    part, = train.batch_of(0, forget, preserve, embeds, args)
+    for _ in range(2):
+        train.iteration(transformer, *part, args)[0].backward()
         gradients.append(torch.cat([p.grad.flatten() for p in lora]))
         transformer.zero_grad()
-    assert gradients[0].norm() > 0
-    for g in gradients[1:3]:
-        torch.testing.assert_close(g, gradients[0], rtol=1e-3, atol=1e-6)
-    assert torch.equal(gradients[3], gradients[0])  # what is recomputed has the same bits
+        transformer.enable_gradient_checkpointing()  # what is recomputed must see the adapters that were on
+    assert gradients[0].norm() > 0 and torch.equal(*gradients)
 
 
 @pytest.mark.parametrize("loss", ["inpo", "ga"])
@@ -1733,7 +1718,9 @@ def test_peak_memory_is_seen_from_the_start_of_the_block():
 
 def test_plan_counts_flux_dev_lora():
     lora = train.add_lora(bench.build("transformer", bench.FLUX["transformer"]), 4, 0)
-    assert (len(lora) // 2, len(lora), sum(p.numel() for p in lora)) == (342, 684, 11_206_656)
+    assert len(lora) == 2 * (19 * 12 + 38 * 3) == 684
+    double, single = 8 * 4 * 2 * 3072 + 4 * 4 * (3072 + 12288), 3 * 4 * 2 * 3072
+    assert sum(p.numel() for p in lora) == 19 * double + 38 * single == 11_206_656
 
 
 def test_plan_counts_the_models_own_sam(monkeypatch):
@@ -1752,7 +1739,7 @@ def test_plan_counts_bytes_that_live_at_once():
 
     most, kept, flops = bench.watch(network, work, torch.float32)
     inputs, hidden, out = (4 * 50 * n for n in (10, 1000, 10))
-    assert (most, kept, flops) == (inputs + hidden + out, inputs * 0 + out, 2 * 50 * 2 * 10 * 1000)
+    assert (most, kept, flops) == (inputs + hidden + out, out, 2 * 50 * 2 * 10 * 1000)
 
 
 def test_plan_counts_what_a_convolutions_library_copies():
@@ -1979,6 +1966,7 @@ def test_several_loras_of_one_concept_are_compared_in_pairs(copied, tmp_path):
     before = [[c["before"] for c in report["cells"] if c["row"] == name] for name in ("run", "step-6")]
     assert before[0] == before[1]
     values = {(c["row"], c["column"]): c["after"]["value"] for c in report["cells"]}
+    assert {e["column"] for e in report["against"]} == {c["column"] for c in report["cells"]}
     for entry in report["against"]:
         if not entry["column"].startswith("pixels"):
             wanted = values[entry["row"], entry["column"]] - values[entry["other"], entry["column"]]
@@ -2008,8 +1996,6 @@ def test_pictures_made_elsewhere_are_scored_like_a_loras(copied, tmp_path):
     for odd in ("004.png", "grid.png"):  # more than are asked for
         shutil.copy(mine / "rephrased" / "000.png", mine / "rephrased" / odd)
     assert figures(evaluation(None, copied / "base", *given)) == wanted
-    (mine / "rephrased" / "001.png").unlink()
-    assert "holds 3 of 4 pictures" in refusal(lambda: evaluation(None, copied / "base", *given))
     shutil.rmtree(mine / "rephrased")  # the frozen model's own, of another seed: the noise floor
     shutil.copytree(copied / "base" / "again" / "cat" / "rephrased", mine / "rephrased")
     rows = json.loads((mine / "rephrased" / "manifest.json").read_text())
@@ -2229,7 +2215,6 @@ def test_lora_of_a_concept_without_a_file_is_asked_what_is_not_about_it(copied, 
     ("--lora {other}", "was trained on another/base, not on"), ("--images {run}", "needs one --concept"),
     ("--lora {bare}", "--concept is missing"), ("--lora {run} --limit 0", "--limit"),
     ("--lora {run} --suite table4 --prompt-set coco={bare}/words.csv", "has no column prompt"),
-    ("--lora {run} --suite table8", "forget several concepts"),
     ("--lora {run} --suite table2 --prompt-set cocoo=x", "cocoo: no suite of table2 asks it; they ask coco"),
     ("--lora {run} --suite table2 --prompt-set coco", "coco: gives a set twice, or without its =CSV"),
     ("--lora {run} --suite table8 --suite table2", "forget several concepts"),
@@ -2238,7 +2223,7 @@ def test_lora_of_a_concept_without_a_file_is_asked_what_is_not_about_it(copied, 
     ("--lora {run} --suite table3 --prompt-set mma=x", "mma: no suite of table3 asks it; they ask paraph"),
     ("--lora {bare} --concept gnome --task ip --suite table1 table4", "table1 asks about the"),
     ("--compare {run} {both} --concept cat", "forget the same, these forget cat, cat + dog"),
-    ("--compare {run} {run}", "names one LoRA twice"), ("--lora {run} --report LICENSE/x", "--report"),
+    ("--lora {run} --report LICENSE/x", "--report"),
     ("--lora {run} --list LICENSE/x", "--list"), ("--lora {run} {bare} --concept cat --out LICENSE", "--out"),
     ("--images {mine} --concept cat --suite table12", "is no list of objects"),
     ("--lora {old}", "version"), ("--lora {foreign}", "names no concept"),
@@ -2364,7 +2349,7 @@ def test_no_prompt_of_what_should_stay_is_in_a_style_that_is_forgotten_too():
 @pytest.mark.parametrize("suite, names, named", [
     ("table4", ["noto"], True), ("table2", ["cat"], True), ("table2", ["hazard"], False),
     ("table1", ["cat", "noto"], True), ("table1", ["cat"], False)])
-def test_scores_of_prompts_that_name_what_is_forgotten_need_neither_stay_nor_fall(suite, names, named):
+def test_scores_have_no_direction_where_prompts_name_what_is_forgotten(suite, names, named):
     _, columns = planned(suite, *names)
     better = {c["column"]: c["better"] for c in columns if "coco" in " ".join(c["sets"])
               or c["column"] == "pixels outside of the mask"}
@@ -2687,7 +2672,9 @@ def test_readme_holds_the_map_and_commands_that_exist(capsys):
     printed = capsys.readouterr().out.strip()
     assert printed and printed in text
     text += (ROOT / "docs/measurements.md").read_text()
-    for script, rest in re.findall(r"python (\w+)\.py (--[^\n#`]*)", text):
+    commands = re.findall(r"python (\w+)\.py (--[^\n#`]*)", text)
+    assert len(commands) > 15
+    for script, rest in commands:
         module = dict(train=train, sample=sample, mask=mask, evaluate=evaluate, bench=bench)[script]
         module.arguments(shlex.split(rest.split(";")[0].replace("$tau", "0.5").replace('"$@"', "")))
 
@@ -2731,13 +2718,13 @@ def test_flux_without_network_says_what_runs_here(trained, tmp_path):
 @beside
 def test_killed_run_goes_on_to_the_same_bits(trained, tmp_path):
     run_train(drawn_cats(whole := tmp_path / "whole", trained / "preserve"), *RESTART)
-    for number in (1, 11, 16):
+    for number in (1, 16):
         check_restart(whole, tmp_path / str(number), *MOMENTS[number])
 
 
 @beside
 def test_schnell_has_no_guidance_and_goes_through_the_same_code(trained, tmp_path):
-    shutil.copytree(EMOJI, model := tmp_path / "schnell", ignore=shutil.ignore_patterns("loras"))
+    model = copy_of_model(tmp_path / "schnell")
     config = json.loads((model / "transformer" / "config.json").read_text())
     (model / "transformer" / "config.json").write_text(json.dumps(config | dict(guidance_embeds=False)))
     weights = next((model / "transformer").glob("*.safetensors"))
@@ -2866,7 +2853,7 @@ def test_no_memory_in_training_says_which_flag_saves_how_much(trained, tmp_path)
 
 
 @beside
-def test_what_by_the_plan_goes_out_of_memory_is_refused_before_work(trained, tmp_path):
+def test_run_that_would_exceed_gpu_memory_by_the_plan_is_refused(trained, tmp_path):
     given = train.arguments(["--model", EMOJI, "--concept", "cat", "--out", str(tmp_path / "cat")])
     train.setup(given)
 
@@ -2928,7 +2915,7 @@ def test_destroyed_model_scores_badly_on_everything_that_should_stay(trained, tm
         assert found[key]["value"] > 1.5 * floor[key]["value"]
 
 
-if __name__ == "__main__":  # all moments, some ten minutes; pytest keeps three
+if __name__ == "__main__":  # all moments, some ten minutes; pytest keeps two
     import tempfile
     with tempfile.TemporaryDirectory() as folder:
         run_train(drawn_cats(Path(folder) / "whole"), *RESTART)
