@@ -30,9 +30,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from sample import (PICTURES, TASKS, check_folder, check_plan, check_set, contact_sheet, die, drawing_flags,
-                    encode_prompts, ending, finder_flags, fingerprint, guarded, load_concept, load_denoiser,
+                    encode_prompts, finder_flags, fingerprint, guarded, load_concept, load_denoiser,
                     model_flags, number, open_or_none, place, prompts_folder, read_settings, sample_set,
-                    seed_of, setup, stage, write_text)
+                    seed_of, seed_suffix, setup, stage, write_text)
 
 SUITES = "concept table1 table2 table3 table4 table5 table7 table8 table12".split()
 ROUND = 1000  # prompts that are encoded at once
@@ -199,7 +199,7 @@ def check_loras(loras, args):
     layers = {f"transformer.{name}" for name, part in network.named_modules()
               if isinstance(part, torch.nn.Linear)}
     for digest, file in loras.items():
-        check_folder("lora", file.parent / f"after{ending(args.seed)}")  # what it draws goes there
+        check_folder("lora", file.parent / f"after{seed_suffix(args.seed)}")  # what it draws goes there
         try:
             lora, alphas = FluxPipeline.lora_state_dict(file.parent, weight_name=file.name,
                                                         return_alphas=True)
@@ -255,7 +255,7 @@ def plan_jobs(rows, args):
     jobs = {}
     for row in rows:
         others = [name for name in row["forgotten"] if name != row["asked"]]  # of which no prompt may speak
-        after = args.out / "report" if args.pictures else row["folder"] / f"after{ending(args.seed)}"
+        after = args.out / "report" if args.pictures else row["folder"] / f"after{seed_suffix(args.seed)}"
         for name, one in row["sets"].items():
             called = one.get("shared", name)  # a part of a set has the pictures of the whole
             part = Path("shared" if "shared" in one else "+".join([row["asked"], *others])) / called
@@ -531,7 +531,7 @@ def main(args):
         if not everything:
             die("--suite table8: is about LoRAs that forget several concepts: train.py --concept cat robot")
         args.suite.remove("table8")
-    args.out = args.out or Path("out") / f"{Path(args.model).name}-base{ending(args.seed)}"
+    args.out = args.out or Path("out") / f"{Path(args.model).name}-base{seed_suffix(args.seed)}"
     folder = args.report or (rows[0]["folder"] if args.lora and len(rows) == 1 else args.out / "report")
     command = shlex.join(["python", "evaluate.py", *sys.argv[1:]])
     if (folder / "report.json").exists():  # another version's is not overwritten

@@ -2,15 +2,14 @@
 
     python mask.py --model emoji-flux --concept cat    # after sample.py; out/emoji-flux-cat/masks-cat.png
 
-Words -> boxes by an open-vocabulary detector -> SAM -> the union of all instances. A style's mask is the
-whole framed picture (C.1), as a rectangle, or whatever else the file's `detect:` names; nudity's (by NudeNet)
-and any other nsfw concept's are the detected regions, as rectangles. An image in which nothing is found is
-dropped and counted, it never gets an empty or full mask.
+Words -> boxes by an open-vocabulary detector -> SAM -> the union of all instances. Styles and nsfw concepts
+go without SAM: their masks are the boxes, filled. A style's is the whole framed picture (C.1), or what else
+its file's `detect:` names; nudity's are NudeNet's. An image in which nothing is found is dropped and counted,
+it is never trained on with an empty or full mask.
 """
 import shlex
 from functools import partial
 from pathlib import Path
-from pickle import UnpicklingError
 from urllib.request import Request, urlopen
 
 from sample import (check_settings, contact_sheet, die, guarded, has_vocabulary, keep_settings, load_whole,
@@ -64,8 +63,8 @@ def load_sam(weights):
     return sam.eval()
 
 def load_detector(name, device):
-    """-> find(image, words, threshold) -> float (N, 4) of x0, y0, x1, y1 in pixels: all instances of any of
-    the words in a PIL image."""
+    """-> find(PIL image, words, threshold) -> boxes, float (N, 4): x0, y0, x1, y1 in pixels, all instances
+    of any of the words."""
     try:
         model = load_whole(AutoModelForZeroShotObjectDetection, name, dtype=torch.float32)
         processor, config = AutoProcessor.from_pretrained(name), model.to(device).eval().config
@@ -82,17 +81,17 @@ def load_detector(name, device):
         outputs = model(**inputs)
         found = processor.post_process_grounded_object_detection(
             outputs, threshold=threshold, target_sizes=[image.size[::-1]])[0]
-        kept = nms(found["boxes"], found["scores"], 0.5)  # many patches see one thing; best first
+        kept = nms(found["boxes"], found["scores"], 0.5)  # many patches find one thing: the best stays
         return found["boxes"][kept].cpu().numpy()
     return find
 
 def load_nudenet():
-    """The same by NudeNet's *_EXPOSED classes, at 640 px, where it also finds small people."""
+    """The same find() by NudeNet's *_EXPOSED classes, at 640 px, where it finds small people, too."""
     from nudenet import NudeDetector  # AGPL-3.0: an optional extra, whose absence setup() refuses
     detector = NudeDetector(inference_resolution=640)
 
     def find(image, _, threshold):
-        found = detector.detect(np.asarray(image)[..., ::-1].copy())  # BGR, as it reads files
+        found = detector.detect(np.asarray(image)[..., ::-1].copy())  # BGR, as it would read a file
         boxes = [d["box"] for d in found if d["class"].endswith("_EXPOSED") and d["score"] >= threshold]
         return np.array([(x, y, x + w, y + h) for x, y, w, h in boxes], float).reshape(-1, 4)
     return find
@@ -108,12 +107,12 @@ def enclose(boxes):
     return np.array(apart).reshape(-1, 4)
 
 def find_masks(images, concept, args):
-    """PIL images -> for each its mask, bool (H, W), one by one; all False where nothing was found."""
+    """Yield each PIL image's mask, bool (H, W); all False where nothing was found."""
     words = concept["detect"]
     find = load_nudenet() if words == ["nudenet"] else load_detector(args.detector, args.device)
     boxes = [find(image, words, args.threshold) for image in tqdm(images, desc="detect")]
     del find  # before SAM: never two large models at once
-    if concept["task"] == "style":  # a frame and what hangs in it are one rectangle
+    if concept["task"] == "style":  # a frame and the picture in it become one rectangle
         boxes = [enclose(found) for found in boxes]
     if concept["task"] not in ("object", "ip"):  # filled rectangles
         for found, image in zip(boxes, images):
@@ -125,9 +124,9 @@ def find_masks(images, concept, args):
     load = torch.hub.load_state_dict_from_url if "://" in args.sam else torch.load
     try:
         sam = load_sam(load(args.sam, map_location="cpu", weights_only=True))
-    except (OSError, EOFError, KeyError, TypeError, ValueError, RuntimeError, UnpicklingError) as error:
+    except Exception as error:  # torch has many names for a file that is not its own
         why = type(error).__name__
-        raise OSError(f"--sam {args.sam}: is not to be had, or holds no SAM ({why})") from error
+        raise OSError(f"--sam {args.sam}: cannot be had, or holds no SAM ({why})") from error
     predictor = SamPredictor(sam.to(args.device))  # fp32: SAM fails in bf16
     for found, image in zip(boxes, tqdm(images, desc="segment")):
         mask = np.zeros(image.size[::-1], bool)
@@ -138,8 +137,8 @@ def find_masks(images, concept, args):
         yield mask
 
 def check_networks(args, concepts=()):
-    """Refuse a --sam or --detector in a file here that is none, by its header alone; and one on the hub that
-    cannot be had, where the masks of these concepts are still to be made."""
+    """Refuse a local --sam or --detector that is none, reading no weights; and a remote one that cannot be
+    had, if the masks of these concepts are still to be made."""
     here = Path(args.detector).exists()
     if here or any(c["detect"] != ["nudenet"] for c in concepts):
         try:
@@ -149,13 +148,13 @@ def check_networks(args, concepts=()):
             if here or isinstance(error, KeyError):
                 why = "is no OWLv2 or GroundingDINO, by its config.json"
             die(f"--detector {args.detector}: {why}")
-    for some in (("*.safetensors", "*.bin"), ("*processor_config.json",)) * here:
-        if not any(file for name in some for file in Path(args.detector).glob(name)):
-            die(f"--detector {args.detector}: holds no {some[0]}")
+    for names in (("*.safetensors", "*.bin"), ("*processor_config.json",)) if here else ():
+        if not any(file for name in names for file in Path(args.detector).glob(name)):
+            die(f"--detector {args.detector}: holds no {names[0]}")
     if here and not has_vocabulary(args.detector):
         die(f"--detector {args.detector}: holds no tokenizer.json")
     if any(c["task"] in ("object", "ip") for c in concepts) and "://" in args.sam:
-        if not Path(torch.hub.get_dir(), "checkpoints", Path(args.sam).name).exists():  # as torch keeps it
+        if not Path(torch.hub.get_dir(), "checkpoints", Path(args.sam).name).exists():  # torch.hub's place
             try:
                 urlopen(Request(args.sam, method="HEAD"), timeout=10).close()
             except OSError as error:
@@ -167,7 +166,7 @@ def check_networks(args, concepts=()):
             die(f"--sam {args.sam}: holds no SAM ({type(error).__name__})")
 
 def lacks_masks(folder, concept):
-    """Needs a concept networks for its masks? Not once begun, nor where the user's pictures all have one."""
+    """Are networks needed for its masks? Not once they are begun, nor if all own pictures have theirs."""
     own = [file for file, _ in concept.get("pictures", ())]
     mine = own and all(file.with_suffix(".mask.png").exists() for file in own)
     return not (mine or (folder / "masks.json").exists())
@@ -206,20 +205,19 @@ def make_masks(files, concept, args):
     contact_sheet(overlays, sheet)
     if len(kept) < args.min_found * len(files):
         die(f"nothing found in {len(files) - len(kept)} of {len(files)} images, see {sheet}: "
-            f"lower --min-found, or lower --threshold or mend the file's detect: and {again}", 1)
+            f"lower --min-found; or lower --threshold or change the file's detect:, and {again}", 1)
     return kept
 
 def main(args):
-    concepts, files = setup(args), {}
+    concepts, files = setup(args), []
     for concept in concepts:
-        folder = args.out / "forget" / concept["name"]
-        found = sorted(folder.glob("*[0-9].png"))  # less their X.mask.png
-        files[concept["name"]] = found or die(f"{folder} holds no images; run sample.py first")
-        check_networks(args, [concept] * lacks_masks(folder, concept))
+        folder = args.out / "forget" / concept["name"]  # [0-9]: not the X.mask.png
+        files.append(sorted(folder.glob("*[0-9].png")) or die(f"{folder}: no images; run sample.py first"))
+        check_networks(args, [concept] if lacks_masks(folder, concept) else [])
         check_masks(folder, concept, args)
     with lock(args.out), PartialState().main_process_first():
-        for concept in concepts:
-            make_masks(files[concept["name"]], concept, args)
+        for found, concept in zip(files, concepts):
+            make_masks(found, concept, args)
 
 if __name__ == "__main__":
     guarded(main, ARGS)

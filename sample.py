@@ -1,9 +1,9 @@
 """Step 1 of Algorithm 1: sample the forget set and the preserve set from the frozen model.
 
     python sample.py --model emoji-flux --concept cat     # 50 + 200 images, out/emoji-flux-cat/samples.png
-    python sample.py --concept pikachu --n-forget 100     # FLUX.1-dev; what is there stays as it is
+    python sample.py --concept pikachu --n-forget 100     # FLUX.1-dev; images already there are kept
 
-The other scripts import from here: flags, prompt files, the filter, the pre-flight check, drawing one batch.
+The other scripts import their flags, prompt files, prompt filter, pre-flight check and drawing from here.
 """
 import argparse
 import contextlib
@@ -29,27 +29,25 @@ from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
-# flag -> where it is in the model's folder, else on the hub
+# flag -> the network's default: this path in the model's folder if it exists, else this hub id or URL
 HUB = dict(detector=("detector", "google/owlv2-base-patch16-ensemble"),
            sam=("sam.pth", "https://dl.fbaipublicfiles.com/segment_anything/sam_vit_h_4b8939.pth"),
            judge=("clip", "llava-hf/llava-1.5-7b-hf"), clip=("clip", "openai/clip-vit-base-patch32"))
 TASKS = ("object", "ip", "style", "nsfw")
 SCRIPTS = ("sample", "mask", "train", "evaluate", "bench", "build")
-# --quantize -> bytes of a frozen weight, scales included, where a dtype does not say
+# --quantize -> bytes per frozen weight, scales included; None: as many as the dtype has
 WEIGHT_BYTES = dict(none=None, int8=1.01, nf4=0.57)
 
 def die(message, code=2):
-    """One line on stderr (below a progress bar) and exit: 2 before work has started, 1 during it."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # accelerate launch sends it to the others, at times late
-    # of accelerate launch, where all find the same before work, one says it; others may set RANK, too
+    """Print one line to stderr (below any progress bar) and exit: 2 before work has begun, 1 during it."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # accelerate launch may still send one: no second line
+    # before work all processes of accelerate launch find the same: rank 0 says it (other tools set RANK, too)
     if code != 2 or "LOCAL_RANK" not in os.environ or os.environ.get("RANK", "0") == "0":
         print("\n" * (code != 2) + f"error: {' '.join(message.splitlines())}", file=sys.stderr)
     sys.exit(code)
 
-def number(kind=float, least=0.0, strict=True, most=None):
-    """An argparse type: a number above `least`, or from it on if not strict, up to `most`; never NaN."""
-    most = most or {int: 2**31 - 1, float: 3.4e38}[kind]  # what 32 bits hold
-
+def number(kind=float, least=0.0, strict=True, most=3.4e38):
+    """An argparse type: a number > least (>= least if not strict) and <= most, float32's; never NaN."""
     def parse(text):
         value = kind(text)
         if not least <= value <= most or (strict and value == least):
@@ -60,23 +58,20 @@ def number(kind=float, least=0.0, strict=True, most=None):
     return parse
 
 def model_flag(flag):
-    """flag: the add_argument of a parser or of a group, here and below."""
-    def path(name):  # of . and .. the last part names nothing
-        return (Path(name) if Path(name).name.strip(".") else Path(name).resolve()).as_posix()
-
-    flag("--model", type=path, default="black-forest-labs/FLUX.1-dev",
+    """flag, here and below: the add_argument method of a parser or of one of its groups."""
+    flag("--model", type=lambda name: Path(name).as_posix(), default="black-forest-labs/FLUX.1-dev",
          help="a FluxPipeline: hub id or folder (default %(default)s)")
 
 def model_flags(doc, needs_concept=True, out="default out/MODEL-CONCEPT, with -SEED where it is not 0"):
-    """A script's parser, with the flags that all of them share."""
+    """A script's parser, with the flags that all scripts share."""
     raw = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=36, width=110)
     parser = argparse.ArgumentParser(description=doc, usage="%(prog)s [flags]", formatter_class=raw)
     parser.error = die  # one line, without the usage
     flag = parser.add_argument
     model_flag(flag)
     flag("--concept", nargs="+", action="extend", metavar="NAME", required=needs_concept,
-         help="a prompt file's name; several: one LoRA forgets them all (D.2)" if needs_concept else
-         "which of a LoRA's is asked about (default: its own)")
+         help="a prompt file's name; if several, one LoRA forgets them all (D.2)" if needs_concept else
+         "the concept to ask about, where a LoRA forgot several (default: its own)")
     flag("--out", type=Path, help=out)
     flag("--seed", type=number(int, strict=False, most=2**32 - 1), default=0, help="default 0")
     flag("--device", choices=["cpu", "cuda", "mps"], help="default: cuda where there is one")
@@ -85,36 +80,36 @@ def model_flags(doc, needs_concept=True, out="default out/MODEL-CONCEPT, with -S
 
 def drawing_flags(flag):
     flag("--quantize", choices=list(WEIGHT_BYTES), default="none",
-         help="the frozen weights: int8 by torchao, nf4 by bitsandbytes (default none)")
-    flag("--offload", action="store_true", help="they wait in main memory but for a layer at a time: slow")
+         help="store frozen weights as int8 by torchao or nf4 by bitsandbytes (default none)")
+    flag("--offload", action="store_true", help="frozen weights stay in main memory but for one layer: slow")
     flag("--size", type=number(int), help="pixels a side (default: the VAE's sample_size)")
-    flag("--sample-steps", type=number(int), default=28, help="denoising steps, unstated (default 28)")
-    flag("--sample-guidance", type=number(strict=False), default=3.5, help="unstated (default 3.5)")
+    flag("--sample-steps", type=number(int), default=28, help="denoising steps (default 28, our choice)")
+    flag("--sample-guidance", type=number(strict=False), default=3.5, help="default 3.5, our choice")
     flag("--sample-batch", type=number(int),
-         help="images at once (default: 25, 5 or 1, by their size; 5 at 1024 pixels)")
+         help="images drawn at once (default 25, 5 or 1, depending on --size; 5 at 1024)")
 
 def data_flags(flag):
-    flag("--n-forget", type=number(int), default=50, help="N_ES, unstated (default 50; all --images)")
-    flag("--n-preserve", type=number(int), default=25, help="images a concept (C.1: 25)")
-    flag("--prompts", type=Path, help="a text file of forget prompts (default: [train])")
+    flag("--n-forget", type=number(int), default=50, help="N_ES (default 50, or all --images)")
+    flag("--n-preserve", type=number(int), default=25, help="images of each preserved concept (C.1: 25)")
+    flag("--prompts", type=Path, help="a text file of forget prompts (default: the prompt file's [train])")
     flag("--preserve", type=Path,
-         help="a text file of prompts to preserve: 8 x --n-preserve images, one a line if those are more")
-    flag("--preserve-dir", type=Path, help="D_PR's images, for runs to share (in --out)")
+         help="a text file of prompts to preserve: 8 x --n-preserve images, or one per line if that is more")
+    flag("--preserve-dir", type=Path, help="the preserve images' folder, which runs may share (OUT/preserve)")
     flag("--images", type=Path, help="a folder of your own forget images, no prompt file needed: X.jpg, its "
                                      "caption X.txt, its mask X.mask.png")
-    flag("--task", choices=TASKS, help="with --images: Table 6's preset")
-    flag("--caption", help='with --images: for those without X.txt, say "a photo of {}"')
+    flag("--task", choices=TASKS, help="with --images: what the concept is, for Table 6's preset")
+    flag("--caption", help='with --images: the caption where X.txt is missing, e.g. "a photo of {}"')
     drawing_flags(flag)
 
 def finder_flags(flag):
     flag("--detector", help="OWLv2 or GroundingDINO (default: the model's own, else OWLv2)")
     flag("--sam", help="a .pth, file or URL (default: the model's own, else SAM's ViT-H)")
     flag("--threshold", type=number(strict=False, most=1), default=0.2,
-         help="least score of a box (0.2; NudeNet keeps none below 0.25)")
+         help="lowest score of a box (0.2; NudeNet itself drops those below 0.25)")
 
 def mask_flags(flag):
     finder_flags(flag)
-    flag("--min-found", type=number(strict=False, most=1), default=0.5, help="least share with a mask (0.5)")
+    flag("--min-found", type=number(strict=False, most=1), default=0.5, help="share that needs a mask (0.5)")
 
 def arguments(given=None):
     parser = model_flags(__doc__)
@@ -123,10 +118,10 @@ def arguments(given=None):
 
 ARGS = arguments() if __name__ == "__main__" else None  # before the slow imports: --help answers at once
 if Path(sys.argv[0]).stem in SCRIPTS and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # no traceback of an import
-if not {"-h", "--help"} & set(sys.argv):  # the other scripts import their flags from here
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C in the slow imports below: no traceback
+if not {"-h", "--help"} & set(sys.argv):  # --help needs only the flags: no slow imports
     for name in ("torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer",
-                 "diffusers.loaders.lora_base"):  # they warn of what is meant so
+                 "diffusers.loaders.lora_base"):  # their warnings are about what we do on purpose
         logging.getLogger(name).setLevel(logging.ERROR)
     import numpy as np
     import psutil
@@ -146,50 +141,58 @@ if not {"-h", "--help"} & set(sys.argv):  # the other scripts import their flags
     from tqdm import tqdm
     from transformers import CLIPTextModel, T5EncoderModel
 
-# the one filter of everything that is ever generated: what minors.txt lists
+def read_text(path, flag=""):
+    """A text file's content; if it is not readable UTF-8, exit naming it and the flag that it came from."""
+    try:
+        return path.read_text(encoding="utf-8-sig")  # -sig: Notepad begins files with a byte order mark
+    except (OSError, UnicodeDecodeError) as error:
+        die(f"{flag} {path}: is no readable UTF-8 text ({type(error).__name__})".strip())
+
+def lines_of(path, flag=""):
+    """A text file's lines, without blank ones and # comments."""
+    return [line for line in map(str.strip, read_text(path, flag).splitlines()) if line and line[0] != "#"]
+
+# the one filter that every prompt passes before anything is drawn: the words in minors.txt
 YOUNG = (r"(?<!\d)(?<!ty[\W_])([1-9]|1[0-7]|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve"
          r"|thirteen|fourteen|fifteen|sixteen|seventeen)(?!\d)")
-LINES = (ROOT / "minors.txt").read_text(encoding="utf-8").splitlines()
-WORDS = "|".join(line for line in LINES if line and line[0] != "#").replace("{YOUNG}", YOUNG)
+WORDS = "|".join(lines_of(ROOT / "minors.txt")).replace("{YOUNG}", YOUNG)
 MINORS = re.compile(rf"(?<![^\W\d_])({WORDS})(?![^\W\d_])", re.IGNORECASE)
 
 def minors_in(prompt):
-    """The match of the first words that mention minors, or None. Accents, full-width letters and marks that
-    nobody sees hide none."""
+    """The match of the first mention of minors, or None. Accents, full-width letters and invisible characters
+    do not hide it."""
     letters = [c for c in unicodedata.normalize("NFKD", prompt)
                if c.isspace() or unicodedata.category(c) not in ("Mn", "Me", "Cf", "Cc")]
-    return MINORS.search(prompt) or MINORS.search("".join(letters))  # such a mark may stand for a space, too
+    return MINORS.search(prompt) or MINORS.search("".join(letters))  # an invisible one may end a word
 
-# as devices and libraries say it
+# how devices and libraries word it
 OUT_OF_MEMORY = re.compile("out of memory|not enough memory|can't allocate memory|ALLOC_FAILED")
 
 def guarded(main, args):
-    """main(args), where what goes wrong during work becomes one line that says how to go on."""
-    kept = "; what is finished is kept" * (not hasattr(args, "bench"))  # which keeps nothing
+    """Run main(args); an error, Ctrl-C or SIGTERM during work becomes one line that says how to go on."""
+    kept = "; what is finished is kept" * (not hasattr(args, "bench"))  # bench.py keeps nothing
     go_on = kept and f"{kept}, and the same command goes on from there"
-    if hasattr(sys.stdout, "reconfigure"):  # not a closed one; a letter that it lacks shall not end the work
+    if hasattr(sys.stdout, "reconfigure"):  # None if closed; it escapes letters that it lacks
         sys.stdout.reconfigure(errors="backslashreplace")
-    # a job's time is over, or another process of accelerate launch has died
+    # sent when a job's time is over, or when another process of accelerate launch has died
     signal.signal(signal.SIGTERM, lambda *_: die(f"terminated{go_on}", 143))
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as a shell has it for a job in the background
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as in a shell's background jobs
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main(args)
-        print(end="", flush=True)
+        print(end="", flush=True)  # a closed pipe may show only here
     except KeyboardInterrupt:
         die(f"interrupted{go_on}", 130)
-    except BrokenPipeError:  # who reads the output has seen enough, as head does
+    except BrokenPipeError:  # the reader of our output, such as head, has closed it
         os._exit(141)
-    except Exception as error:  # a full disk, say; the hub's HTTP and the loaders have classes of their own
+    except Exception as error:  # of any class: the hub's HTTP and the loaders have their own
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
-        if "inline_container" in said:  # torch.save's name for it
+        if "inline_container" in said:  # torch.save's word for a failed write
             said = "a checkpoint cannot be written: is the disk full?"
-        if "gloo" in said and "peer" in said:
-            said = "another process has ended; its own line, if it left one, says why"
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or OUT_OF_MEMORY.search(said):
-            if not {"quantize", "weights"} <= vars(args).keys():  # mask.py, bench.py; or setup has not ended
+            if not {"quantize", "weights"} <= vars(args).keys():  # mask.py or bench.py, or still in setup()
                 die("out of memory; python bench.py --plan says what each stage needs", 1)
-            from bench import savings  # which imports train.py, and that this
+            from bench import savings  # not above: bench.py imports train.py, which imports this file
             print("out of memory: planning which flags need less ...")
             die(f"out of memory; {savings(args)}", 1)
         if isinstance(error, (OSError, RuntimeError, SafetensorError)):
@@ -199,7 +202,7 @@ def guarded(main, args):
         die(f"{said} ({type(error).__name__}, {place}){kept}", 1)
 
 def allowed(prompts, what):
-    """The prompts that do not mention minors; prints how many do, by the word that gave each away."""
+    """The prompts that do not mention minors; prints how many do, counted by the word found."""
     found = [minors_in(p) for p in prompts]
     words = Counter(" ".join(m[0].lower().split()) for m in found if m)
     if words:
@@ -207,20 +210,8 @@ def allowed(prompts, what):
         print(f"{what}: {words.total()} of {len(prompts)} prompts dropped, they mention minors ({by_word})")
     return [p for p, m in zip(prompts, found) if not m]
 
-def read_text(path, flag=None):
-    """A text file's content; one that cannot be read, or is no UTF-8, is named with the flag that gave it."""
-    try:
-        return path.read_text(encoding="utf-8-sig")  # Notepad's begins with a mark
-    except (OSError, UnicodeDecodeError) as error:
-        what = f"{flag} {path}" if flag else path
-        die(f"{what}: is no readable UTF-8 text ({type(error).__name__})")
-
-def lines_of(path, flag=None):
-    """A text file's lines, less blank ones and comments."""
-    return [line for line in map(str.strip, read_text(path, flag).splitlines()) if line and line[0] != "#"]
-
-def no_name(text):
-    """Can no file or folder, of a path's many, be called so?"""
+def unfit_name(text):
+    """Is this unfit to name a file or folder: holding a slash, only dots, empty or too long?"""
     return re.search(r"[/\\]|^\.*$", text) or len(os.fsencode(text)) > 80
 
 def prompts_folder(model):
@@ -260,23 +251,23 @@ def load_concept(model, name):
                  for other in found["unrelated"] + found["unseen"]]
     if odd := [prompt for prompt in composed if minors_in(prompt)]:
         die(f"{path}: mentions minors once put together: {odd[0]}")
-    if odd := list(filter(no_name, found["neighbours"] + found["unrelated"])):
+    if odd := list(filter(unfit_name, found["neighbours"] + found["unrelated"])):
         die(f"{path}: {odd[0]}: names a folder of images, take a phrase without / and \\, of 1 to 80 bytes")
     if odd := [end for end in found["backgrounds"] + found["styles"] if " " not in end]:
-        die(f"{path}: {odd[0]} is no ending of a prompt, write as in: on a beach, in oil style")
+        die(f"{path}: {odd[0]} is no ending of a prompt, such as: on a beach, in oil style")
     if (task := ", ".join(found["task"])) not in TASKS:
         die(f"{path}: task is {task}, not {' or '.join(TASKS)}")
     return found | dict(name=name, task=task)
 
 def read_prompts(flag, path):
-    """The lines of a text file of prompts, less what the filter drops."""
+    """The lines of a text file of prompts, without those that the filter drops."""
     return allowed(lines_of(path, flag), f"{flag} {path}") or die(f"{flag} {path}: holds no prompt")
 
-MEND = "mend it or take it away"
+MEND = "fix it or remove it"
 PICTURES = ".png .jpg .jpeg .webp .bmp .gif .tif .tiff".split()
 
 def own_pictures(args):
-    """--images, all checked -> [(file, caption)]; a caption that mentions minors drops its picture."""
+    """Check all of --images -> [(file, caption)], without pictures whose caption mentions minors."""
     files = sorted(f for f in args.images.glob("[!.]*")
                    if not f.is_dir() and f.resolve() != args.preserve.resolve())
     pictures = [f for f in files if f.suffix.lower() in PICTURES and not f.stem.lower().endswith(".mask")]
@@ -288,7 +279,7 @@ def own_pictures(args):
     for file in pictures:
         text, by_mask = file.with_suffix(".txt"), file.with_suffix(".mask.png")
         caption = (args.caption or "").replace("{}", args.concept[0])
-        caption = read_text(text) if os.path.lexists(text) else caption  # a link to nothing is named
+        caption = read_text(text) if os.path.lexists(text) else caption  # a dead link: exit
         if not caption.strip():
             die(f"--images: {file} has no caption: write {text}, or give --caption")
         rows.append((file, " ".join(caption.split())))
@@ -305,13 +296,13 @@ def own_pictures(args):
     return [row for row in rows if row[1] in kept] or die(f"--images {args.images}: holds no picture to use")
 
 def load_concepts(args):
-    """The concept of each --concept: its prompt file, or --images; --prompts and --preserve replace parts.
-    Without --images (evaluate.py has none) a --task stands for a file: nothing is then asked about it."""
+    """A dict for each --concept, from its prompt file or --images; --prompts and --preserve replace parts.
+    evaluate.py's --task stands in for a prompt file: of such a concept no more than its name is known."""
     images, prompts, preserve, task = (getattr(args, k, None) for k in "images prompts preserve task".split())
-    if odd := list(filter(no_name, args.concept)):
+    if odd := list(filter(unfit_name, args.concept)):
         die(f"--concept {odd[0]}: names files and folders, take a name without / and \\, of 1 to 80 bytes")
     if prompts and (images or len(args.concept) > 1):
-        die(f"--prompts {prompts}: are those of one --concept, without --images")
+        die(f"--prompts {prompts}: needs a single --concept, and no --images")
     if images:
         if len(args.concept) > 1 or not (task and preserve):
             die(f"--images {images}: needs one --concept, --task and --preserve")
@@ -324,7 +315,7 @@ def load_concepts(args):
         args.n_forget = len(pictures)
     elif task or getattr(args, "caption", None):
         if "images" in args:
-            die("--task, --caption: say what --images are; without them the concept's file does")
+            die("--task, --caption: describe --images; without --images the concept's file says it all")
         concepts = [dict(name=name, task=task, concept=[name], detect=[name]) for name in args.concept]
     else:
         concepts = [load_concept(args.model, name) for name in dict.fromkeys(args.concept)]
@@ -337,7 +328,7 @@ def load_concepts(args):
     return concepts
 
 def fingerprint(paths):
-    """A checksum of files, of a thousand samples of one above 64 MB: 24 GB of weights need not be read."""
+    """A checksum of files; above 64 MB only a thousand samples are read, so that 24 GB take seconds."""
     found = 0
     for path in paths:
         size = path.stat().st_size
@@ -348,13 +339,13 @@ def fingerprint(paths):
     return f"{found:08x}"
 
 def check_size(size, vae):
-    """Pixels a side, by the VAE's config where size is None; one that does not fit its cells is refused."""
+    """-> size, or the VAE's sample_size if it is None; one that the latent grid cannot hold is refused."""
     size, step = size or vae["sample_size"], 2 ** len(vae["block_out_channels"])
     if size % step:
         die(f"--size {size}: must be a multiple of {step}, the VAE's factor times FLUX's 2 x 2 packing")
     return size
 
-# of a pipeline's folder: what each part's config is called, and a key that it holds
+# each part of a pipeline's folder -> the name of its config file, and a key that must be in it
 PARTS = dict(
     scheduler=("scheduler_config", "_class_name"), tokenizer=("tokenizer_config", "model_max_length"),
     tokenizer_2=("tokenizer_config", "model_max_length"), transformer=("config", "guidance_embeds"),
@@ -362,15 +353,15 @@ PARTS = dict(
     text_encoder_2=("config", "architectures"))
 
 def has_vocabulary(folder):
-    """Does a tokenizer's folder hold its words? Without them transformers reads any prompt as unknown."""
+    """Does the folder hold a tokenizer's vocabulary? Without one transformers reads all words as unknown."""
     names = "tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model"
     return any((Path(folder) / name).exists() for name in names)
 
 def missing_part(folder):
-    """The file that a pipeline's folder lacks, or holds cut short; None if all of its parts are there."""
+    """The first file of a pipeline's folder that is missing or cut short, or None."""
     for part, (name, key) in PARTS.items():
         weights = {*(folder / part).glob("*.safetensors")}
-        if name == "config":  # of a network
+        if name == "config":  # the part is a network: it must have weights
             weights = weights or {folder / part / "*.safetensors"}
         try:
             path = folder / part / f"{name}.json"
@@ -382,20 +373,20 @@ def missing_part(folder):
                 shards = json.loads(path.read_text())["weight_map"]
                 weights |= {path.parent / name for name in shards.values()}
             for path in sorted(weights):
-                safe_open(path, "pt")  # reads no more than the header
+                safe_open(path, "pt")  # reads only the header, and compares the file's length
         except (OSError, ValueError, KeyError, TypeError, SafetensorError):
             return path
 
 def free_bytes(where):
-    """Memory that is free there; of several processes' GPUs the least, so that all of them find the same."""
+    """Bytes free on "cuda", else in main memory; of several GPUs the least, so that all processes agree."""
     if where != "cuda":
         return psutil.virtual_memory().available
     return gather(torch.tensor([torch.cuda.mem_get_info()[0]], device=PartialState().device)).min().item()
 
 def check_model(args):
-    """Refuse, in this order: not here and no network; no licence; does not fit; size -> pixels a side, and
-    what tells the weights from others of the same name, which is the hub's commit: the revision to load.
-    No weights are downloaded. What must fit is the largest of their folders: stages load one at a time."""
+    """Refuse a model that cannot be had, lacks its licence or a part, or is too large; downloads no weights.
+    -> pixels a side, and the revision of the weights: the hub's commit, or a checksum of a folder's. Each
+    network must fit by itself, since stages load one at a time."""
     model, device = args.model, args.device
 
     def refuse(why):
@@ -404,11 +395,11 @@ def check_model(args):
 
     here, folder = Path(model).is_dir(), Path(model)
     if not here:
-        wanted = ["model_index.json", "*/*"]  # a download leaves out what lies beside the pipeline's folders
+        wanted = ["model_index.json", "*/*"]  # what diffusers downloads; the rest need not be here
         with contextlib.suppress(OSError, HFValidationError):
             folder = Path(snapshot_download(model, local_files_only=True, allow_patterns=wanted))
     config, missing, count = folder / "vae" / "config.json", missing_part(folder), Counter()
-    # an earlier check, or a download that was cut short, leaves a part in the cache
+    # the cache may hold only a part of it, from an earlier check or an interrupted download
     if here or ((folder / "model_index.json").exists() and not missing):
         index = folder / "model_index.json"
         if not index.exists() or b"FluxPipeline" not in index.read_bytes():
@@ -420,7 +411,7 @@ def check_model(args):
         for path in paths:
             by_dtype = parse_local_safetensors_file_metadata(path).parameter_count
             count[path.parent.name] += sum(by_dtype.values())
-        weights = fingerprint(paths + sorted(folder.glob("*.pth"))) if here else folder.name  # its commit
+        weights = fingerprint(paths + sorted(folder.glob("*.pth"))) if here else folder.name  # the commit
     else:
         try:
             info = HfApi().model_info(model, files_metadata=True, timeout=5)
@@ -440,7 +431,7 @@ def check_model(args):
             refuse("is no FluxPipeline, by its model_index.json")
         for file in info.siblings:
             if re.fullmatch(r"[^/]+/[^/]+\.safetensors", file.rfilename):
-                count[file.rfilename.split("/")[0]] += file.size / 2  # two bytes a weight there
+                count[file.rfilename.split("/")[0]] += file.size / 2  # taking it for two bytes a weight
         weights = info.sha
     if not count:
         refuse("has no */*.safetensors")
@@ -456,44 +447,40 @@ def check_model(args):
     return check_size(getattr(args, "size", None), json.loads(config.read_text())), weights
 
 def check_plan(args):
-    """Refuse, before hours of sampling, what by bench.py's plan cannot fit on the GPU; --checkpointing, which
-    changes no bit, is turned on where that is enough. What a CPU lacks is not refused, it may borrow from the
-    disk."""
+    """Refuse, before hours of sampling, what by bench.py's plan exceeds the GPU's memory; if --checkpointing,
+    which changes no bit, is enough, turn it on. A CPU's memory is not checked: it may swap."""
     if args.device != "cuda":
         return
-    from bench import needs, savings  # which imports train.py, and that this
+    from bench import needs, savings  # not above: bench.py imports train.py, which imports this file
     print("planning memory ...")
     free = free_bytes("cuda")
     if max(needs(args).values()) < free:
         return
     if max(needs(args, checkpointing=True).values()) >= free:
-        die(f"this would go out of memory, {free / 2**30:.3g} GiB are free; {savings(args)}")
+        die(f"this would run out of memory, {free / 2**30:.3g} GiB are free; {savings(args)}")
     args.checkpointing = True
     print("--checkpointing is on: training would not fit without it")
 
 def check_folder(flag, path):
-    """Refuse a folder that is none, cannot be made, or cannot be written to."""
-    if any(len(os.fsencode(part)) > 255 for part in path.parts):
-        die(f"--{flag} {path}: cannot be made, its name is too long")
+    """Refuse a path where no folder is or can be made, or that cannot be written to."""
     there = next(p for p in (path, *path.absolute().parents) if os.path.lexists(p))
     if not (there.is_dir() and os.access(there, os.W_OK)):
         die(f"--{flag} {path}: {there} is no folder that can be written to")
 
 def setup(args):
-    """Fill in what the flags left open, refuse what cannot work before a thing is written -> the concepts."""
+    """Fill in what the flags left open, refuse what cannot work; writes nothing -> the concepts."""
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if args.device != "cpu" and not getattr(torch, args.device).is_available():
         die(f"--device {args.device}: there is none here")
-    # torch prefers it on Hopper, where its backward gave NaN, and at FLUX's width an illegal memory access
+    # torch's first choice on Hopper, where its backward gave NaN or, at FLUX's width, crashed (bad access)
     torch.backends.cuda.enable_cudnn_sdp(False)
-    torch.backends.cudnn.allow_tf32 = False  # its default: networks that judge in float32 would round to TF32
-    # under accelerate launch: this process's GPU, or gloo without one; one makes all masks, the others wait
+    torch.backends.cudnn.allow_tf32 = False  # else convolutions of the float32 judges round to TF32
+    # accelerate launch: a GPU per process, or gloo on CPUs; a day, since all wait for the one that masks
     PartialState(cpu=args.device == "cpu", timeout=timedelta(days=1))
     args.dtype = getattr(torch, args.dtype or ("bfloat16" if args.device == "cuda" else "float32"))
     concepts = load_concepts(args)
     args.concept = [concept["name"] for concept in concepts]
-    nudity = ["nudenet"] in [c["detect"] for c in concepts]
-    if nudity and "detector" in args and "suite" not in args and not find_spec("nudenet"):
+    if "min_found" in args and ["nudenet"] in [c["detect"] for c in concepts] and not find_spec("nudenet"):
         die("--concept nudity needs NudeNet for its masks: pip install nudenet")
     if getattr(args, "quantize", None) == "nf4":  # int8's torchao is among the requirements
         if args.device != "cuda":
@@ -504,14 +491,15 @@ def setup(args):
             die("--quantize nf4 needs bitsandbytes: pip install bitsandbytes")
     if args.device == "cuda" and args.dtype == torch.bfloat16:
         if not torch.cuda.is_bf16_supported(including_emulation=False):
-            die("--dtype bfloat16: a GPU before Ampere has none; --dtype float32 takes twice the memory")
+            die("--dtype bfloat16: GPUs before Ampere lack it; --dtype float32 takes twice the memory")
     args.size, args.weights = check_model(args)
-    if "sample_batch" in args and not args.sample_batch:  # 5 megapixels; whole groups make up the 25 images
+    if "sample_batch" in args and not args.sample_batch:  # at most 5 megapixels; 25 and 5 divide 25 images
         groups = (5,) if getattr(args, "fewer_images", False) else (25, 5)
         args.sample_batch = next((n for n in groups if n * args.size**2 <= 5 * 1024**2), 1)
-    args.out = args.out or Path("out", f"{Path(args.model).name}-{'+'.join(args.concept)}{ending(args.seed)}")
+    named = f"{Path(args.model).name}-{'+'.join(args.concept)}{seed_suffix(args.seed)}"
+    args.out = args.out or Path("out", named)
     if getattr(args, "images", None) and args.images.resolve() == args.out.resolve():
-        die(f"--out {args.out}: is --images, whose pictures ours would join: use another --out")
+        die(f"--out {args.out}: is --images, and would mix its pictures with ours: use another --out")
     for flag in ("out", "preserve_dir", "report"):
         if path := getattr(args, flag, None):
             check_folder(flag.replace("_", "-"), path)
@@ -523,44 +511,44 @@ def setup(args):
             value = getattr(args, flag) or (str(beside) if beside.exists() else hub)
             on_hub = "://" in value if flag == "sam" else re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", value)
             if not (on_hub or Path(value).exists()):
-                die(f"--{flag} {value}: there is no such file, and no such address")
+                die(f"--{flag} {value}: is neither a file here nor a hub id or URL")
             setattr(args, flag, value)
             print(f"{flag}: {value}")
     return concepts
 
 def read_settings(path, instead):
-    """What keep_settings has written; a file missing, cut short or not ours is refused, with what to do
-    instead, or counts as none."""
+    """The settings that keep_settings wrote; where the file is missing, cut short or not ours: exit, saying
+    what to do instead, or, if instead is None, {}."""
     try:
         return dict(json.loads(path.read_text())["settings"])
     except (OSError, ValueError, KeyError, TypeError):
         return die(f"{path}: cannot be read: {instead}") if instead else {}
 
 def check_settings(path, settings, what, instead="use another --out"):
-    """Refuse a json file that other settings have written; writes nothing."""
+    """Refuse if the json file, where there is one, was written with other settings; writes nothing."""
     if path.exists():
         made = read_settings(path, instead)
-        settings = json.loads(json.dumps(settings, default=str))  # as the file has them
-        for key in sorted(settings.keys() | made.keys(), key=lambda key: ("." in key, key)):  # flags first
+        settings = json.loads(json.dumps(settings, default=str))  # paths and dtypes as the file has them
+        for key in sorted(settings.keys() | made.keys(), key=lambda key: ("." in key, key)):  # CONCEPT.x last
             was, now = two = made.get(key), settings.get(key)
             if was != now:
-                if isinstance(was, list) and isinstance(now, list):  # from where on they differ
+                if isinstance(was, list) and isinstance(now, list):  # show them from the first difference on
                     two = [some[len(os.path.commonprefix(two)):] for some in two]
                 was, now = (textwrap.shorten(str(one), 120) for one in two)
                 die(f"{what}: was made with {key} = {was}, not {now}: {instead}")
 
 def keep_settings(path, settings, **more):
-    """Write settings, more that may change from run to run, versions and commit to a json file."""
+    """Write a json file of settings, of more that may change from run to run, and of versions and commit."""
     packages = "torch diffusers transformers peft accelerate prodigyopt torchao".split()
     versions = dict(python=sys.version.split()[0]) | {name: version(name) for name in packages}
-    git = "git --git-dir .git rev-parse --verify HEAD"  # says nothing where the repository is not ours
+    git = "git --git-dir .git rev-parse --verify HEAD"  # prints nothing unless ROOT itself is a repository
     commit = subprocess.run(git, shell=True, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     record = dict(settings=settings, **more, versions=versions, commit=commit)
     write_text(path, json.dumps(record, indent=1, default=str))
 
 @contextlib.contextmanager
 def peak_memory():
-    """-> [bytes of RSS at the start, the most that a thread saw by the end]; CUDA's own peak begins anew."""
+    """-> [RSS in bytes at the start, and the most so far, as a thread sees it]; resets CUDA's own peak."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     process, over = psutil.Process(), threading.Event()
@@ -582,7 +570,7 @@ def peak_memory():
 def stage(name, out):
     """A block of work whose time and peak memory are printed and kept in out/stages.csv: seconds, GiB of RSS
     and of CUDA, forwards. What it has loaded is freed before the next: never two large models at once.
-    -> peak_memory's bytes, and the number of forwards, for the block to set."""
+    -> peak_memory's list; the block sets its [2], the number of forward passes."""
     out.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     with peak_memory() as peak:
@@ -597,7 +585,7 @@ def stage(name, out):
             file.write(f"{name},{seconds:.2f},{rss:.3f},{cuda:.3f},{peak[2]}\n")
 
 def lock(out):
-    """Refuse a folder in which another run is at work; the end of the block, or a kill, ends the lock."""
+    """Lock a folder for a with block; refuse one in which another run is at work. A kill unlocks it."""
     out.mkdir(parents=True, exist_ok=True)
     held = FileLock(out / ".lock", blocking=False)
     try:
@@ -608,44 +596,42 @@ def lock(out):
     return mine
 
 @contextlib.contextmanager
-def whole(path):
-    """Another name to write to, renamed at the end: neither a kill nor a full disk leaves half a file. Its
-    folder is made."""
-    half = path.with_suffix(f".{os.getpid()}.tmp")  # two evaluations may share a folder
+def atomic(path):
+    """A temporary path to write to, renamed to path at the end: neither a kill nor a full disk leaves half a
+    file. Makes the folder."""
+    half = path.with_suffix(f".{os.getpid()}.tmp")  # two processes may write the same file
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         half.touch()
         mode = half.stat().st_mode
         yield half
-        half.chmod(mode)  # safetensors' files are their owner's only
+        half.chmod(mode)  # safetensors writes files that only their owner can read
         os.replace(half, path)
     finally:
         half.unlink(missing_ok=True)
 
 def write_text(path, text):
-    with whole(path) as half:
+    with atomic(path) as half:
         half.write_text(text, encoding="utf-8", newline="")
 
 def save_image(image, path):
-    with whole(path) as half:
+    with atomic(path) as half:
         image.save(half, format="PNG")
 
 def read_image(path):
-    """A picture as RGB, on white, a mask as L, on black: turned by EXIF, 16 bits as 8, an animation's first;
-    OSError for one that cannot be read, with PIL's name for why."""
+    """A picture as RGB on white, an X.mask.png as L on black: turned as EXIF says, 16 bits as 8, the first
+    frame of an animation. OSError, with the name of PIL's exception, if it cannot be read."""
     mode, ground = ("L", "black") if str(path).endswith(".mask.png") else ("RGB", "white")
     try:
         with Image.open(path) as image:
             if image.mode == "F" or image.mode == "I" and image.format != "PNG":  # a PNG has at most 16 bits
-                raise ValueError  # of 32 bits nothing tells which value is white
+                raise ValueError  # 32 bits: nothing tells which value is white
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):  # PIL would clip 16 bits
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, ground), image)
-            return image.convert(mode)
-    except Exception as error:  # PIL has many names for it
+            image = image.convert("RGBA")
+            return Image.alpha_composite(Image.new("RGBA", image.size, ground), image).convert(mode)
+    except Exception as error:  # PIL raises many kinds
         raise OSError(f"cannot be read ({type(error).__name__})") from error
 
 def open_or_none(path):
@@ -654,7 +640,7 @@ def open_or_none(path):
         return read_image(path)
 
 def open_image(path, size=None, instead="delete it and run the same command again", code=1):
-    """read_image's picture; one that cannot be read, or of another (width, height), is named in an exit."""
+    """read_image's picture; exit, naming it, if it cannot be read or is not of this (width, height)."""
     try:
         image = read_image(path)
     except OSError as error:
@@ -664,7 +650,7 @@ def open_image(path, size=None, instead="delete it and run the same command agai
     return image
 
 def contact_sheet(images, path, columns=10, side=96, titles=()):
-    """Images, row by row, as one picture; titles name the rows."""
+    """Save images as one picture at path, row by row; titles label the rows."""
     left = max([150, *(8 + 6 * len(title) for title in titles)]) if titles else 0
     sheet = Image.new("RGB", (left + columns * side, -(-len(images) // columns) * side), "white")
     pen = ImageDraw.Draw(sheet)
@@ -675,12 +661,12 @@ def contact_sheet(images, path, columns=10, side=96, titles=()):
     save_image(sheet, path)
 
 def text_length(longest, transformer):
-    """Of a prompt in T5's tokens: its tokenizer's most, but FLUX.1-schnell, without guidance, knows 256."""
+    """T5 tokens per prompt: the tokenizer's most; for FLUX.1-schnell, which has no guidance, at most 256."""
     return longest if transformer["guidance_embeds"] else min(longest, 256)
 
 def load_whole(kind, name, **given):
-    """kind.from_pretrained(name), but an OSError where weights, or the vocabulary beside them (beside a
-    subfolder's is none), are missing, in whose place it would give random and empty ones."""
+    """kind.from_pretrained(name), but an OSError where it would quietly fill in random weights, or an empty
+    vocabulary (which a pipeline's subfolder has elsewhere)."""
     if Path(name).is_dir() and "subfolder" not in given and not has_vocabulary(name):
         raise OSError(f"{name}: holds no tokenizer.json")
     model, found = kind.from_pretrained(name, output_loading_info=True, **given)
@@ -690,11 +676,11 @@ def load_whole(kind, name, **given):
 
 def encode_prompts(prompts, args):
     """{prompt: (T5 states (T, E), pooled CLIP state (P,))} on the CPU; the encoders are freed on return.
-    What mentions minors only once put together, as pairs are, has passed the filter by its parts: refused."""
+    Refuses a prompt that mentions minors only once put together, as pairs are: their parts passed it."""
     if odd := sorted(prompt for prompt in prompts if minors_in(prompt)):
         die(f"{odd[0]}: mentions minors once put together: mend the concept's file", 1)
     less, where = dict(transformer=None, vae=None), args.model
-    if not Path(where).is_dir():  # by its name transformers would ask the hub again, a minute if it is away
+    if not Path(where).is_dir():  # by name transformers asks the hub again: a minute if offline
         where = FluxPipeline.download(where, revision=args.weights, **less)
     encoders = {part: load_whole(kind, where, subfolder=part, dtype=args.dtype)
                 for part, kind in (("text_encoder", CLIPTextModel), ("text_encoder_2", T5EncoderModel))}
@@ -702,7 +688,7 @@ def encode_prompts(prompts, args):
     config = FluxTransformer2DModel.load_config(args.model, subfolder="transformer", revision=args.weights)
     length = text_length(pipe.tokenizer_2.model_max_length, config)
     found = {}
-    with torch.no_grad():  # encode_prompt alone keeps a graph
+    with torch.no_grad():  # encode_prompt does not do it itself
         for prompt in tqdm(sorted(set(prompts)), desc="encode prompts"):
             states, pooled, _ = pipe.encode_prompt(prompt, None, device=args.device,
                                                    max_sequence_length=length)
@@ -728,7 +714,7 @@ def load_denoiser(args):
     return pipe
 
 def place(pipe, args, parts=("transformer", "vae")):
-    """Onto the device, or with --offload only a layer at a time; call it after add_lora: a LoRA stays."""
+    """Move parts to the device, with --offload one layer at a time; call after add_lora: a LoRA stays."""
     for model in (getattr(pipe, part) for part in parts):
         if not args.offload:
             model.to(args.device)
@@ -742,12 +728,12 @@ def place(pipe, args, parts=("transformer", "vae")):
                 module.to(args.device)
     return pipe
 
-def ending(seed):
-    """Of a folder's name, so that runs of other seeds stand beside it."""
+def seed_suffix(seed):
+    """What a folder's name ends in, so that each seed has its own."""
     return f"-{seed}" if seed else ""
 
 def seed_of(seed, concept, index):
-    """The noise seed of a concept's image: more images, or other concepts, never change it."""
+    """The noise seed of a concept's image; the number of images and the other concepts do not matter."""
     return zlib.crc32(f"{seed}/{concept}/{index}".encode())
 
 def generate(pipe, embeds, prompts, seeds, steps, guidance, size):
@@ -759,8 +745,8 @@ def generate(pipe, embeds, prompts, seeds, steps, guidance, size):
                 num_inference_steps=steps, guidance_scale=guidance, height=size, width=size).images
 
 def check_set(folder, concept, prompts, count, args, **made_by):
-    """Refuse a folder of images that other settings have made -> the settings. Their count may grow; the
-    user's own pictures in its place, and masks, may not change."""
+    """Refuse a folder whose images other settings have made -> the settings. count may change; where it is a
+    list of the user's own pictures, neither they nor their masks may."""
     if isinstance(count, list):
         files = [path for file, _ in count for path in (file, file.with_suffix(".mask.png"))]
         made_by["own pictures"] = fingerprint(path for path in files if path.exists())
@@ -768,7 +754,7 @@ def check_set(folder, concept, prompts, count, args, **made_by):
     settings = dict(model=Path(args.model).name, concept=concept, prompts=prompts,
                     **{flag: getattr(args, flag) for flag in flags}, **made_by)
     flag = "preserve-dir" if folder.parent == getattr(args, "preserve_dir", None) else "out"
-    # of what a LoRA was trained on nothing is to be deleted: it would not be trained anew
+    # never advise to delete training images: the LoRA that was trained on them would stay as it is
     instead = f"delete {shlex.quote(str(folder))}" if made_by.get("lora") else f"use another --{flag}"
     record = folder / "settings.json"
     if "lora" in made_by and not record.exists() and any(folder.glob("*.png")):  # an evaluation's
@@ -777,11 +763,11 @@ def check_set(folder, concept, prompts, count, args, **made_by):
     return settings
 
 def sample_set(load, embeds, folder, concept, prompts, count, args, **made_by):
-    """Fill folder with 000.png ... and manifest.json -> [(path, prompt)]; what is there stays as it is.
+    """Fill folder with 000.png ... and manifest.json -> [(path, prompt)]; images already there are kept.
 
-    They are made in whole groups of args.sample_batch, so that their number cannot change their rounding.
-    load() gives the pipeline, where an image is missing. made_by: further settings that the images must share
-    with those that are there; of these, seeds is one a prompt, for sets that have their own.
+    They are drawn in whole groups of args.sample_batch, so that their number cannot change their rounding.
+    load() gives the pipeline; it is called only if an image is missing. made_by: more settings to record and
+    to compare; of these, seeds, one a prompt, take the place of seed_of's.
     """
     world, group, seeds = PartialState(), args.sample_batch, made_by.get("seeds")
     listed = max(count, sum(file.stem.isdigit() for file in folder.glob("*.png")))  # more from an earlier run
@@ -791,15 +777,14 @@ def sample_set(load, embeds, folder, concept, prompts, count, args, **made_by):
     files = [folder / row["file"] for row in rows[:count]]
     if world.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".lock"):  # of two runs that share it and begin at once, one is refused
-            settings = check_set(folder, concept, prompts, count, args, **made_by)
-            if not (folder / "settings.json").exists():  # its versions and commit are the first images'
-                keep_settings(folder / "settings.json", settings)
+        settings = check_set(folder, concept, prompts, count, args, **made_by)
+        if not (folder / "settings.json").exists():  # the first images' versions and commit
+            keep_settings(folder / "settings.json", settings)
         write_text(folder / "manifest.json", json.dumps(rows[:listed], indent=1))
     missing = [i for i in range(0, count, group) if not all(f.exists() for f in files[i:i + group])]
-    missing, = broadcast_object_list([missing])  # another run may draw some in between
+    missing, = broadcast_object_list([missing])  # one list for all: another run may draw some meanwhile
     name = f"sample {folder.parent.name}/{folder.name}"
-    missing = missing[world.process_index::world.num_processes]  # of accelerate launch, each its share
+    missing = missing[world.process_index::world.num_processes]  # each process's share
     for i in tqdm(missing, desc=name, unit=f"{group} images", leave=False, disable=not missing):
         texts, noise = zip(*[(row["prompt"], row["seed"]) for row in rows[i:i + group]])
         images = generate(load(), embeds, texts, noise, args.sample_steps, args.sample_guidance, args.size)
@@ -811,20 +796,20 @@ def sample_set(load, embeds, folder, concept, prompts, count, args, **made_by):
 
 def mentions(phrase, concepts):
     """Does the phrase name one of the concepts, by its name, the judge's words or, for an object, the
-    detector's (which are a man for Elon Musk, and a painting for a style)?"""
+    detector's (others have wider ones: a man for Elon Musk, a painting for a style)?"""
     words = [[c["name"], *c["concept"]] + c["detect"] * (c["task"] == "object") for c in concepts]
     return says(phrase, sum(words, []))
 
 def says(phrase, words):
-    """Does the phrase hold one of the words, its article left out, or its regular plural?"""
+    """Does the phrase contain one of the words, without its article, or its regular plural?"""
     bare = [re.sub("(?i)^(an?|the) ", "", word) for word in words]
     forms = bare + [re.sub(end, plural, word) for word in bare
                     for end, plural in (("$", "s"), ("(?<=[sxzoh])$", "es"), ("y$", "ies"), ("fe?$", "ves"))]
     return any(re.search(rf"(?<!\w){re.escape(form)}(?!\w)", phrase, re.IGNORECASE) for form in forms)
 
 def plan_sets(concepts, args):
-    """D_ES's sets, one a concept, and D_PR's, none of them another's target: each (folder, concept, prompts,
-    count, or the user's own pictures). Images of other settings are refused."""
+    """-> D_ES's sets, one a concept, and D_PR's, without what is to be forgotten; a set is (folder, concept,
+    prompts, count or the user's own pictures). Images of other settings are refused."""
     forget = [(args.out / "forget" / c["name"], c["name"], c["train"], c.get("pictures", args.n_forget))
               for c in concepts]
     folder = args.preserve_dir or args.out / "preserve"
@@ -835,27 +820,24 @@ def plan_sets(concepts, args):
     if dropped := [name for name in others if name not in preserve]:
         print(f"to preserve: {len(dropped)} of {len(others)} dropped, they name what is forgotten: " +
               textwrap.shorten(", ".join(dropped), 120))
-    if args.preserve and preserve:  # a file of many lines: one set, of as many images as eight concepts have
+    if args.preserve and preserve:  # one set for the whole file, with the images of eight concepts
         count = max(len(preserve), 8 * args.n_preserve)
         preserve = {"": (folder / args.preserve.stem, args.preserve.stem, list(preserve), count)}
     if not preserve:
         die("--concept: nothing is left to preserve, all that the files name is to be forgotten")
-    sets = (*forget, *preserve.values())
-    if len({args.out.resolve(), *(one[0].resolve() for one in sets)}) <= len(sets):
-        die(f"--preserve-dir {folder}: is or holds the place of --out or of the forget set: use another one")
-    for one in sets:
+    for one in (*forget, *preserve.values()):
         check_set(*one, args)
     return forget, list(preserve.values())
 
 def square(image, size):
-    """Cropped and resized; in a mask (L) a pixel is in if any of those that it stands for is."""
+    """Crop square and resize; a pixel of a mask (L) is on if any of those that it covers was."""
     if image.mode == "L":
         some = ImageOps.fit(image.point(lambda v: 255 * (v > 127)), (size, size), Image.Resampling.BOX)
         return some.point(lambda v: 255 * (v > 0))
     return ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
 
 def import_set(folder, concept, prompts, pictures, args):
-    """The user's own pictures and masks, cropped square and named as sample_set would leave them."""
+    """The user's own pictures and masks, cropped square and named as sample_set names its images."""
     rows, settings = [], check_set(folder, concept, prompts, pictures, args)
     if not (folder / "settings.json").exists():
         keep_settings(folder / "settings.json", settings)
@@ -868,16 +850,16 @@ def import_set(folder, concept, prompts, pictures, args):
     return rows
 
 def sample_all(embeds, forget, preserve, args):
-    """Step 1 of Algorithm 1 -> D_ES, a list a concept, and D_PR, one list, of (path, prompt); forwards."""
-    load = functools.cache(lambda: place(load_denoiser(args), args))  # not at all where nothing is missing
-    with PartialState().main_process_first():  # one of them copies
+    """Step 1 of Algorithm 1 -> D_ES, a list a concept, D_PR, one list, of (path, prompt); and forwards."""
+    load = functools.cache(lambda: place(load_denoiser(args), args))  # once, and only if an image is missing
+    with PartialState().main_process_first():  # one process copies
         own = [import_set(*one, args) for one in forget if args.images]
     forget = own or [sample_set(load, embeds, *one, args) for one in forget]
     preserve = sum([sample_set(load, embeds, *one, args) for one in preserve], [])
-    shown = sum([found[:16] for found in forget], []) + preserve[::-(-args.n_preserve // 2)]
+    shown = sum([found[:16] for found in forget], []) + preserve[::-(-args.n_preserve // 2)]  # two a concept
     if PartialState().is_main_process:
         contact_sheet([open_image(path) for path, _ in shown], args.out / "samples.png", 8)
-    drawn = sum(load.cache_info()[:2]) * args.sample_batch  # hits and misses: it is asked once a group
+    drawn = sum(load.cache_info()[:2]) * args.sample_batch  # load() is called once a group
     return forget, preserve, drawn * args.sample_steps * PartialState().num_processes
 
 def main(args):
@@ -892,5 +874,5 @@ def main(args):
     print(f"{args.out}: {sum(map(len, forget))} + {len(preserve)} images; look at samples.png")
 
 if __name__ == "__main__":
-    sys.modules["sample"] = sys.modules["__main__"]  # bench.py, where it is needed, imports it
+    sys.modules["sample"] = sys.modules["__main__"]  # for bench.py, which imports it
     guarded(main, ARGS)

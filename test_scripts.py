@@ -23,7 +23,6 @@ import socket
 import struct
 import subprocess
 import sys
-import threading
 import time
 import weakref
 from argparse import Namespace
@@ -37,7 +36,6 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 from diffusers.utils import convert_state_dict_to_kohya
-from filelock import FileLock
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from segment_anything import sam_model_registry
@@ -192,7 +190,7 @@ def test_help_answers_at_once(script):
     ("--eta 0", "--eta"), ("--gamma -1", "--gamma"), ("--beta nan", "--beta"), ("--lr inf", "--lr"),
     ("--tau nan", "--tau"), ("--steps 0", "--steps"), ("--batch 0", "--batch"), ("--rank 0", "--rank"),
     ("--size 60", "--size"), ("--accumulate 3", "--accumulate"), ("--model docs", "FluxPipeline"),
-    ("--concept kat", "unicorn, whale; for another write"),
+    ("--concept kat", "wolf, zebra; for another write"),
     ("--lambda-prior -1", "--lambda-prior"), ("--eta one", "--eta"), ("--out LICENSE/cat", "--out"),
     ("--threshold nan", "--threshold"), ("--batch 60", "10 forget (--n-forget)"),
     ("--device mps", "--device"), ("--quantize nf4", "CUDA GPU"), ("--prompts LICENSES", "--prompts"),
@@ -203,12 +201,11 @@ def test_help_answers_at_once(script):
     ("--threshold 5", "--threshold"), ("--min-found 2", "--min-found"), ("--sam nosuch.pth", "--sam"),
     ("--detector ./nosuch", "--detector"), ("--sam LICENSE", "--sam LICENSE: holds no SAM"),
     ("--sam docs", "holds no SAM"), ("--detector emoji-flux/vae", "no OWLv2"),
-    ("--preserve-dir LICENSE/x", "--preserve-dir"), (f"--out {300 * 'x'}", "cannot be made"),
-    ("--steps 99999999999999999999999", "<= 2147483647"),
+    ("--preserve-dir LICENSE/x", "--preserve-dir"),
     ("--lr 1e300", "--lr: 1e300 is not > 0 and <= 3.4e+38"),
     ("--concept cat --concept ghoost", "ghoost"), ("--concept a/b", "without / and"),
     ("--concept ..", "--concept ..:"),
-    ("--concept dog --prompts LICENSE", "those of one --concept"),
+    ("--concept dog --prompts LICENSE", "needs a single --concept"),
     ("--concept cat robot --steps 1", "--steps 1: below the 2")])
 def test_bad_input_is_one_line_and_writes_nothing(given, named, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
@@ -245,7 +242,6 @@ NO_MEMORY = "error: out of memory; python bench.py --plan says"
     (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), NO_MEMORY),
     (RuntimeError("MPS backend out of memory (MPS allocated)"), NO_MEMORY),
     (OSError("No space left"), "error: No space left; what is"),
-    (RuntimeError("[third_party/gloo/pair.cc:561] Connection closed by peer"), "another process has ended"),
     (KeyError("scale"), "'scale' (KeyError, test_scripts.py:")])
 def test_whatever_goes_wrong_in_work_is_one_line(error, said):
     def work(args):
@@ -774,7 +770,7 @@ def test_one_refused_concept_means_no_masks_at_all(tmp_path):
 def test_detector_and_sam_that_cannot_be_had_are_named(tmp_path, monkeypatch):
     cat, image = sample.load_concept(EMOJI, "cat"), scene_image(["cat"])[0]
     missing = f"file://{tmp_path}/sam.pth"
-    with pytest.raises(OSError, match=f"--sam {missing}: is not to be had"):
+    with pytest.raises(OSError, match=f"--sam {missing}: cannot be had"):
         list(mask.find_masks([image], cat, mask_args(tmp_path, sam=missing)))
     assert "--sam file" in refusal(lambda: mask.check_networks(mask_args(tmp_path, sam=missing), [cat]))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -848,10 +844,8 @@ def test_lora_kept_in_the_models_folder_is_no_part_of_it(tmp_path):
 
 @pytest.mark.parametrize("given, name", [
     ("emoji-flux/", "emoji-flux"), ("./emoji-flux", "emoji-flux"), ("owner/model", "owner/model"),
-    ("black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-dev"), (EMOJI + "/", EMOJI), (".", EMOJI),
-    ("vae/..", EMOJI)])
-def test_models_folder_has_a_name_however_it_is_given(given, name, monkeypatch):
-    monkeypatch.chdir(EMOJI)
+    ("black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-dev"), (EMOJI + "/", EMOJI)])
+def test_models_folder_has_a_name_however_it_is_given(given, name):
     assert sample.arguments(["--concept", "cat", "--model", given]).model == name
 
 
@@ -893,7 +887,7 @@ def test_scenes_do_not_contradict_themselves():
     """No photo in watercolor style: the sentence ends with the style that the judge is asked about."""
     for file in (ROOT / "prompts").glob("*.txt"):
         scenes, _ = promptsets.plan_images(sample.load_concept("none", file.stem), 100, 3.5)[0]["scenes"]
-        assert len(scenes) > 5 and not [said for said in scenes if re.search("photo|illustration", said)]
+        assert len(scenes) > 5 and not [said for said in scenes if re.search(r"\bphoto\b|illustration", said)]
 
 
 def test_stage_of_the_build_goes_on_to_the_same_bits(tmp_path, monkeypatch):
@@ -1020,29 +1014,6 @@ def check_restart(uninterrupted, out, function, time):
     assert len(names) == 18
     for name in names:
         assert (out / name).read_bytes() == (uninterrupted / name).read_bytes(), name
-
-
-def test_second_of_two_simultaneous_runs_with_other_settings_is_refused(tmp_path):
-    folder, begun = tmp_path / "cat", threading.Event()
-    folder.mkdir()
-
-    def how(steps):
-        return folder, "cat", ["a cat"], 1, flags(size=64, sample_batch=1, sample_steps=steps,
-                                                  sample_guidance=1.0)
-
-    def other():
-        with FileLock(folder / ".lock"):
-            settings = sample.check_set(*how(6))
-            begun.set()
-            time.sleep(0.5)
-            sample.keep_settings(folder / "settings.json", settings)
-
-    thread = threading.Thread(target=other)
-    thread.start()
-    begun.wait()
-    line = refusal(lambda: sample.sample_set(lambda: 1 / 0, {}, *how(4)))
-    thread.join()
-    assert "sample_steps = 6, not 4" in line
 
 
 def test_only_rank_0_of_a_launch_prints_a_refusal_and_rank_alone_is_no_launch(monkeypatch, capsys):
@@ -1476,7 +1447,6 @@ def test_preserve_file_may_lie_among_your_own_pictures(tmp_path):
     ("float", "a.tif: cannot be read"), ("link to nothing", "a.tif: cannot be read"),
     ("caption linked to nothing", "000.txt: is no readable"),
     ("linked to nothing, a", "000.mask.png: cannot be read"),
-    ("preserve-dir", "forget: is or holds the place of --out"),
     ("EXIF", "a.jpg: cannot be read"), ("name", "80 bytes")])
 def test_your_own_pictures_are_refused_in_one_line(tmp_path, monkeypatch, case, named):
     draw(mine := tmp_path / "mine", 3 if case == "three pictures" else 4)
@@ -1522,10 +1492,9 @@ def test_your_own_pictures_are_refused_in_one_line(tmp_path, monkeypatch, case, 
         Image.new("L", (64, 64), 255).save(mine / "01.mask.png")
     elif "mask" in case:
         Image.new("L", (side, side), value).save(mine / "001.mask.png")
-    more = {"two concepts": ["--concept", "cat", "dog"], "out": ["--out", str(mine)],
-            "preserve-dir": ["--preserve-dir", str(tmp_path / "out" / "forget")]}.get(case, [])
+    more = {"two concepts": ["--concept", "cat", "dog"], "out": ["--out", str(mine)]}.get(case, [])
     given = [part for pair in own.items() for part in pair] + ["--batch", "4", *more]
-    concept = {"name": 40 * "\u00e9\u00e8", "preserve-dir": "keep"}.get(case, "cat")
+    concept = 40 * "\u00e9\u00e8" if case == "name" else "cat"
     assert named in refusal(lambda: run_train(tmp_path / "out", *given, concept=concept))
     assert not (tmp_path / "out").exists()
 

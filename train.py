@@ -20,10 +20,10 @@ import time
 import zlib
 from pathlib import Path
 
-from sample import (ROOT, check_plan, check_set, check_settings, contact_sheet, data_flags, die,
+from sample import (ROOT, atomic, check_plan, check_set, check_settings, contact_sheet, data_flags, die,
                     encode_prompts, generate, guarded, keep_settings, load_denoiser, lock, mask_flags,
                     mentions, model_flags, number, open_image, place, plan_sets, sample_all, seed_of, setup,
-                    stage, whole, write_text)
+                    stage, write_text)
 
 # Table 6; lr 0.7 means Prodigy's, AdamW has its own default below
 TABLE6 = dict(object=dict(steps=300, eta=1.0, gamma=3.0, tau=0.1, lambda_prior=0.6),
@@ -200,7 +200,7 @@ def batch_of(step, forget, preserve, embeds, args):
 def save_lora(transformer, folder):
     """pytorch_lora_weights.safetensors as FluxPipeline.load_lora_weights reads it; whole or not at all."""
     lora = get_peft_model_state_dict(transformer)
-    with whole(folder / LORA_WEIGHT_NAME_SAFE) as half:
+    with atomic(folder / LORA_WEIGHT_NAME_SAFE) as half:
         FluxPipeline.save_lora_weights(folder, lora, weight_name=half.name)
 
 def add_lora(transformer, rank, seed):
@@ -290,10 +290,10 @@ def train(pipe, forget, preserve, embeds, presets, args, stamp=None):
             save_lora(transformer, args.out / f"step-{step + 1}")
         if (step + 1) % args.checkpoint_every == 0 or step + 1 == args.steps:
             if checkpoint.exists():
-                with whole(previous) as half:
+                with atomic(previous) as half:
                     shutil.copyfile(checkpoint, half)
             write_log(rows, args.out / "log.csv")
-            with whole(checkpoint) as half:  # last: what it finds done is not done again
+            with atomic(checkpoint) as half:  # last: what it finds done is not done again
                 torch.save(dict(lora=get_peft_model_state_dict(transformer), step=step + 1, rows=rows,
                                 optimizer=optimizer.state_dict(), stamp=stamp), half)
     if main_process:
@@ -301,7 +301,7 @@ def train(pipe, forget, preserve, embeds, presets, args, stamp=None):
     return rows
 
 def write_log(rows, path):
-    with whole(path) as half, open(half, "w", encoding="utf-8", newline="") as file:
+    with atomic(path) as half, open(half, "w", encoding="utf-8", newline="") as file:
         lines = csv.DictWriter(file, rows[0], lineterminator="\n")
         lines.writeheader()
         lines.writerows(rows)
@@ -320,7 +320,7 @@ def draw_curves(rows, path):
     sigma, dS = ([float(v) for r in last for v in r[k + "_each"].split()] for k in ("sigma", "dS"))
     axes[1, 2].scatter(sigma, dS, s=4)
     axes[1, 2].set(xlabel="sigma", ylabel="dS", title="dS by noise level, last third")
-    with whole(path) as half:
+    with atomic(path) as half:
         figure.savefig(half, dpi=80, format="png")
 
 def draw_before_after(pipe, embeds, groups, path, args, columns=6):

@@ -24,7 +24,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # the repository's own scripts
-from sample import check_folder, die, guarded, number, whole  # noqa: E402
+from sample import atomic, check_folder, die, guarded, number  # noqa: E402
 
 def arguments(given=None):
     stages = "art words vae clip detector sam flow guide report".split()
@@ -97,7 +97,7 @@ def write(model, folder):
     config.write_text(config.read_text().replace('"dtype": "bfloat16"', '"dtype": "float32"'))
 
 def save_whole(state, path):
-    with whole(path) as half:
+    with atomic(path) as half:
         torch.save(state, half)
 
 class Muon(torch.optim.Optimizer):
