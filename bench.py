@@ -1,12 +1,12 @@
-"""What a run costs: planned from the configs alone, measured, and proven at FLUX.1-dev's full size on a CPU.
+"""What a run costs: planned from the configs alone, measured, and tried on a CPU at FLUX.1-dev's full size.
 
-    python bench.py --plan                             # FLUX.1-dev: memory, work, and the cards that it fits
-    python bench.py --memory --model emoji-flux        # the plan beside what train.py's stages take
-    python bench.py --step --model emoji-flux          # train.py's step beside a bare loop of the same work
-    python bench.py --proof                            # 11.9 B weights in int8, two steps of INPO, 14 GiB
+    python bench.py --plan                             # FLUX.1-dev: memory, work, and the cards it fits on
+    python bench.py --memory --model emoji-flux        # the planned memory next to the measured memory
+    python bench.py --step --model emoji-flux          # train.py's step next to a bare loop of the same work
+    python bench.py --proof                            # two INPO steps on 11.9 B int8 weights, in 14 GiB RAM
 
-Nothing is downloaded but configs, and for FLUX.1 not even those. A plan runs the real networks on tensors
-that have shapes and no memory, and counts what lives at once.
+Only configs are downloaded, and for FLUX.1 not even those. A plan runs the real networks on fake tensors,
+which have shapes but no memory, and adds up the bytes that would be allocated at the same time.
 """
 import argparse
 import contextlib
@@ -32,11 +32,11 @@ def arguments(given=None):
     model_flag(parser.add_argument)
     parser.add_argument("--size", type=number(int), help="pixels a side (default: the VAE's sample_size)")
     parser.add_argument("--batch", type=number(int), default=1,
-                        help="forget images a step, of --plan and --step (default 1)")
+                        help="forget images per step, for --plan and --step (default 1)")
     parser.add_argument("--sample-batch", type=number(int), default=1,
-                        help="images at once, of --plan (default 1)")
+                        help="images sampled at once, for --plan (default 1)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"],
-                        help="of what is frozen (default bfloat16; measured: as train.py's)")
+                        help="of the frozen weights (default: bfloat16 for --plan, else train.py's)")
     parser.add_argument("--out", type=Path, default=Path("out/bench"), help="default %(default)s")
     return parser.parse_args(given)
 
@@ -58,7 +58,7 @@ from inpo import inpo_loss  # noqa: E402
 from mask import check_networks, load_sam  # noqa: E402
 
 GIB, SAM = 2**30, "masks (SAM)"
-# of attention's kernels the counter knows CUDA's only
+# the counter knows only CUDA's attention kernels; count the CPU's in the same way
 flop_registry[torch.ops.aten._scaled_dot_product_flash_attention_for_cpu] = sdpa_flop
 # FLUX.1's published configs, where they differ from the classes' defaults; schnell has no guidance
 FLUX = dict(
@@ -72,19 +72,19 @@ FLUX = dict(
              up_block_types=["UpDecoderBlock2D"] * 4))
 
 def config_of(model, part):
-    """A network's config: the folder's, FLUX.1's as published, or the hub's."""
+    """A network's config: FLUX's for FLUX.1's own names, else the folder's, the cache's or the hub's."""
     if model in ("black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-schnell"):
         return FLUX[part] | (dict(guidance_embeds=model.endswith("dev")) if part == "transformer" else {})
     try:
         here = Path(model).is_dir() or try_to_load_from_cache(model, f"{part}/config.json")
         if not here:
-            HfApi().model_info(model, timeout=10)  # a download would ask six times where the hub is away
-        return AutoencoderKL.load_config(model, subfolder=part, local_files_only=bool(here))  # of any part
-    except Exception as error:  # every HTTP stack has a class of its own for "no network"
+            HfApi().model_info(model, timeout=10)  # without a network: one try, load_config makes six
+        return AutoencoderKL.load_config(model, subfolder=part, local_files_only=bool(here))  # for every part
+    except Exception as error:  # every HTTP library has its own error for "no network"
         die(f"--model {model}: no {part}/config.json, here or on the hub ({type(error).__name__})")
 
 def build(part, config, **changed):
-    """A pipeline's network on the meta device: shapes, no memory."""
+    """One of the pipeline's networks, frozen, on the meta device: it has shapes but no memory."""
     config = {k: v for k, v in config.items() if not k.startswith("_")} | changed
     make = dict(transformer=FluxTransformer2DModel.from_config, vae=AutoencoderKL.from_config,
                 text_encoder=lambda config: CLIPTextModel(CLIPTextConfig(**config)),
@@ -93,7 +93,7 @@ def build(part, config, **changed):
         return make[part](config).requires_grad_(False)
 
 class Peak(TorchDispatchMode):
-    """Counts the bytes of all storages that live at once, and the most of them, but for the weights."""
+    """Counts the bytes of all storages that are alive, and their peak, without the network's own weights."""
     def __init__(self, network, device):
         super().__init__()
         self.device = device
@@ -112,13 +112,13 @@ class Peak(TorchDispatchMode):
                 self.known.add(storage)
                 self.add(storage.nbytes())
                 weakref.finalize(storage, self.add, -storage.nbytes())
-        if function is torch.ops.aten.convolution.default:  # oneDNN copies the input, cuDNN both
-            anew = args[0].nbytes + out.nbytes * (self.device == "cuda")
-            self.most = max(self.most, self.live + anew)
+        if function is torch.ops.aten.convolution.default:  # oneDNN copies the input, cuDNN the output too
+            copies = args[0].nbytes + out.nbytes * (self.device == "cuda")
+            self.most = max(self.most, self.live + copies)
         return out
 
 def watch(network, work, dtype, device="cpu"):
-    """work(network) on a network without memory -> bytes at the peak, bytes kept after it, FLOP."""
+    """Run work(network) on fake tensors -> peak bytes, bytes still held when it returns, FLOP."""
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu"):
         for module in network.modules():
             for name, p in list(module.named_parameters(recurse=False)):  # a LoRA stays float32
@@ -131,7 +131,7 @@ def watch(network, work, dtype, device="cpu"):
         return peak.most, kept, flops.get_total_flops()
 
 def predict(batch, tokens, texts, backward=False):
-    """What watch() runs: a prediction of a batch; a LoRA's graph is kept, or gone through."""
+    """-> work(network) for watch(): predict a batch, keep a LoRA's graph or, if backward, go through it."""
     def work(network):
         c, dtype = network.config, next(p.dtype for p in network.parameters() if not p.requires_grad)
         z = torch.empty(batch, tokens, c.in_channels, dtype=dtype)  # (B, L, D)
@@ -150,29 +150,29 @@ def flux(model, rank, **changed):
 
 @functools.cache
 def watch_blocks(model, double, single, rank, dtype, *given, checkpointing=False):
-    """watch() of predict(*given) by the transformer with so many blocks of each kind."""
+    """watch() predict(*given) on a transformer cut to so many double and single blocks."""
     network = flux(model, rank, num_layers=double, num_single_layers=single)
     if checkpointing:
         network.enable_gradient_checkpointing()
     return watch(network, predict(*given), dtype)
 
 def watch_all(model, *given, **more):
-    """The same of all blocks. Those of a kind are alike: each further one adds what the second does (but not
-    to the peak with checkpointing, which is that of one block)."""
+    """The same for all blocks, which are alike within a kind: each further one adds what the second one added
+    (not so the peak under checkpointing, which plan() takes from a single block)."""
     network = flux(model, 0)
     counts = len(network.transformer_blocks), len(network.single_transformer_blocks)
-    one, *two = (watch_blocks(model, *blocks, *given, **more) for blocks in ((1, 1), (2, 1), (1, 2)))
+    base, *grown = (watch_blocks(model, *blocks, *given, **more) for blocks in ((1, 1), (2, 1), (1, 2)))
     return [first + sum((n - 1) * (second - first) for n, second in zip(counts, seconds))
-            for first, *seconds in zip(one, *two)]
+            for first, *seconds in zip(base, *grown)]
 
 def call(method, *shape, dtype=None):
-    """What watch() runs of the other networks, which have no graph."""
+    """-> work(network) for watch(): call a method of a network that is not trained on zeros of a shape."""
     return lambda network: getattr(network, method)(
         torch.zeros(shape, dtype=dtype or next(network.parameters()).dtype))
 
 @functools.cache
 def plan_masks(model):
-    """Bytes, and FLOP an image, of SAM, the largest network of that stage: the model's own, else ViT-H."""
+    """-> bytes at SAM's peak, FLOP per image: the model's own SAM, else ViT-H. The detector needs less."""
     own = Path(model) / "sam.pth"
     check_networks(argparse.Namespace(sam=own, detector=Path(model) / "detector"))
     with torch.device("meta"):
@@ -188,9 +188,9 @@ def plan_masks(model):
 def plan(model, size, dtype, batch, sample_batch, rank=4, texts=None, states=3.5, device="cuda"):
     """-> {stage: {how: bytes}}, {unit of work: FLOP}, (LoRA's modules, tensors, parameters), all parameters.
 
-    How: a --quantize, or "offload". states: the optimiser's tensors a LoRA parameter; Prodigy keeps three,
-    and where they do not start at 0, which is A's half, the first values. device: "cuda" counts cuDNN's
-    copies, too.
+    how: a value of --quantize, or "offload". states: the optimizer's floats per LoRA parameter. Prodigy keeps
+    three, and the first values of parameters that do not start at 0: matrices A, half of them, so 3.5.
+    device: on "cuda" cuDNN's copies count too.
     """
     dtype = getattr(torch, dtype or "bfloat16")
     networks = {part: build(part, config_of(model, part)) for part in FLUX}
@@ -200,8 +200,8 @@ def plan(model, size, dtype, batch, sample_batch, rank=4, texts=None, states=3.5
     side = size // 2 ** (len(vae.config.block_out_channels) - 1)  # latent cells
     tokens, texts, B = side * side // 4, texts or tokens_of(model), 2 * batch
 
-    tuned = flux(model, rank)
-    lora = [p.numel() for p in tuned.parameters() if p.requires_grad]
+    tuned = networks["transformer"]
+    lora = [p.numel() for p in train.add_lora(tuned, rank, 0)]
     linears = [m.weight.numel() for m in tuned.modules() if isinstance(m, torch.nn.Linear)]
     blocks = [sum(p.numel() for p in kind[0].parameters())
               for kind in (tuned.transformer_blocks, tuned.single_transformer_blocks)]
@@ -211,7 +211,7 @@ def plan(model, size, dtype, batch, sample_batch, rank=4, texts=None, states=3.5
     encoded, _, encode_flop = watch(vae, call("encode", 1, 3, size, size), dtype, device)
     drawn, _, flop = watch_all(model, 0, dtype, sample_batch, tokens, texts)
     plain, _, _ = watch_all(model, rank, dtype, B, tokens, texts, True)
-    # with checkpointing: what all blocks are given, and within one block at a time
+    # with checkpointing: the inputs of all blocks are kept, and one block at a time is computed again
     _, given, _ = watch_all(model, rank, dtype, B, tokens, texts, checkpointing=True)
     within = max(watch_blocks(model, k, 1 - k, rank, dtype, B, tokens, texts, True)[0] for k in (0, 1))
     whole, block, layer = (n * dtype.itemsize for n in (numel["transformer"], max(blocks), max(linears)))
@@ -219,7 +219,7 @@ def plan(model, size, dtype, batch, sample_batch, rank=4, texts=None, states=3.5
     for how in (*WEIGHT_BYTES, "offload"):
         each = WEIGHT_BYTES.get(how) or dtype.itemsize
         resident = 0 if how == "offload" else numel["transformer"] * each
-        # weights that become dtype, or visit, when they are used; autograd keeps them but for nf4's
+        # the weights' copies in dtype or on the GPU: a layer's when used; autograd keeps all but nf4's
         used, kept = (0 if how == "none" else layer), how in ("int8", "offload")
         vae_bytes, optimizer = numel["vae"] * dtype.itemsize, 4 * sum(lora) * (2 + states)
         found["prompts"][how] = (numel["text_encoder"] + numel["text_encoder_2"]) * dtype.itemsize + text
@@ -233,10 +233,10 @@ def plan(model, size, dtype, batch, sample_batch, rank=4, texts=None, states=3.5
     return found, work, (len(lora) // 2, len(lora), sum(lora)), sum(numel.values())
 
 def needs(args, **changed):
-    """{stage: bytes at the peak} by the plan, of a script's flags, or of those with some changed. Only sample
-    and train: no flag but --device makes the other stages smaller."""
-    flags = dict(batch=1, accumulate=1, checkpointing=False, rank=4) | vars(args) | changed
-    flags = argparse.Namespace(**flags)
+    """{stage: planned bytes at the peak} for a script's flags, with some changed. Only of sample and train:
+    no flag but --device makes the other stages smaller."""
+    given = vars(args) | changed  # sample.py and evaluate.py have none of these flags:
+    flags = argparse.Namespace(**dict(batch=1, accumulate=1, checkpointing=False, rank=4) | given)
     found = plan(flags.model, flags.size, str(flags.dtype)[6:], flags.batch // flags.accumulate,
                  flags.sample_batch, flags.rank, device=flags.device)[0]
     stages = dict(sample=found["sample"])
@@ -245,8 +245,8 @@ def needs(args, **changed):
     return {name: row["offload" if flags.offload else flags.quantize] for name, row in stages.items()}
 
 def savings(args):
-    """What a script's flags need by the plan, and what each further flag, and all, would make of it, in one
-    line."""
+    """One line: what a script needs by the plan with its flags, and with each further flag that lowers it,
+    alone and with the others."""
     now = needs(args)
     smaller = dict(none=["int8", "nf4"], int8=["nf4"], nf4=[])[args.quantize] * (not args.offload)
     quantized = {f"--quantize {q}": dict(quantize=q) for q in smaller if q == "int8" or args.device == "cuda"}
@@ -259,16 +259,16 @@ def savings(args):
     others = quantized | offloaded | fewer | {" ".join(fewer): together}
     others |= {" ".join([*fewer, flag]): together | changed
                for flag, changed in (quantized | offloaded).items()}
-    said = []
+    advice = []
     for flag, changed in others.items():
         found = needs(args, **changed)
         less = [f"{name} {found[name] / GIB:.3g}" for name in now if found[name] < 0.99 * now[name]]
-        said += [f"{flag} {', '.join(less)}"] * bool(less)
+        advice += [f"with {flag} {', '.join(less)}"] * bool(less)
     needed = ", ".join(f"{name} {n_bytes / GIB:.3g}" for name, n_bytes in now.items())
-    return f"planned, GiB: {needed}; with {'; with '.join(said) or 'no further flag less'}"
+    return f"planned, GiB: {needed}; {'; '.join(advice) or 'no further flag lowers it'}"
 
 def tokens_of(model):
-    """Of a prompt, T5's."""
+    """The length of an encoded prompt, in T5 tokens (512 unless the model is a folder)."""
     config = Path(model) / "tokenizer_2" / "tokenizer_config.json"
     if Path(model).is_dir() and not config.exists():
         die(f"--model {model}: no {config}")
@@ -301,11 +301,10 @@ def show_plan(args):
         print(f"{name:32}{forwards:>8,} forwards{forwards * forward + more / 1e12:>12,.0f} TFLOP")
 
 def random_run(args, out, batch, *flags):
-    """train.py's arguments, and what train.train takes, random latents for the images."""
+    """-> train.py's arguments, and what train.train() takes after the pipeline, with random latents."""
     model, flags = args.model, [*flags, "--batch", str(batch), "--lr", "0.7"]
-    for flag in ("size", "dtype"):
-        flags += [f"--{flag}", str(value)] if (value := getattr(args, flag)) else []
-    concept = min(prompts_folder(model).glob("*.txt")).stem  # any
+    flags += [f"--{flag}={vars(args)[flag]}" for flag in ("size", "dtype") if vars(args)[flag]]
+    concept = min(prompts_folder(model).glob("*.txt")).stem  # any will do
     run = train.arguments(["--model", model, "--concept", concept, "--out", str(out), *flags])
     table6, = train.fill_presets(train.setup(run), run)
     preset = argparse.Namespace(**vars(run) | table6)
@@ -318,17 +317,17 @@ def random_run(args, out, batch, *flags):
     return run, ([(x, torch.ones_like(x), texts)], (x, texts), embeds, [preset])
 
 def measure_memory(args):
-    """The plan beside the peaks of train.py's own stages, above what the process holds before each. The first
-    rows only warm up: what libraries load at their first use stays in the process."""
+    """The plan next to the measured peaks of sampling and training, less what the process held before each.
+    The rows of batch 1 only warm up: what libraries load when first used stays in memory."""
     print(f"{'batch':>6} {'stage':24}{'planned':>10}{'measured':>10}  MiB above idle")
     for batch in (1, 32, 64, 128):
         for flags in ((), ("--checkpointing",)):
-            out = args.out / "memory"  # a name of our own: what else lies in --out stays
+            out = args.out / "memory"  # our own subfolder: nothing else in --out is deleted
             shutil.rmtree(out, ignore_errors=True)
             run, data = random_run(args, out, batch, "--steps", "3", *flags)
             planned = plan(args.model, args.size, str(run.dtype)[6:], batch, batch, device=run.device)[0]
             gc.collect()
-            idle = torch.cuda.memory_allocated()  # 0 without a GPU; there cuBLAS keeps its workspaces
+            idle = torch.cuda.memory_allocated()  # 0 without a GPU; on one, cuBLAS keeps workspaces
             if not flags:
                 with stage("sample", out) as peak:
                     generate(place(load_denoiser(run), run), data[2], [""] * batch, range(batch), 3, 3.5,
@@ -339,18 +338,18 @@ def measure_memory(args):
             print_pair(batch, " ".join(("train", *flags)), planned, peak, idle)
 
 def print_pair(batch, name, planned, peak, idle):
-    measured = torch.cuda.max_memory_allocated() - idle or peak[1] - peak[0]  # the stage's
+    measured = torch.cuda.max_memory_allocated() - idle or peak[1] - peak[0]  # since it began
     print(f"{batch:6} {name:24}{planned[name]['none'] / 2**20:10.0f}{measured / 2**20:10.0f}")
 
 def measure_step(args, rounds=20):
-    """train.py's step against a bare loop: the same forwards, backward, optimizer, threads, cached inputs."""
+    """train.py's step next to a bare loop: same forwards, backward, optimizer, threads; but cached inputs."""
     run, (forget, preserve, embeds, (preset,)) = random_run(args, args.out, args.batch)
     cached = next(iter(train.batch_of(0, forget[0], preserve, embeds, run)))
 
     def ours(transformer, params, step):
         for part in train.batch_of(step, forget[0], preserve, embeds, run):
             train.iteration(transformer, *part, preset)[0].backward()
-        for tensors in ([p.grad for p in params], [p.detach() for p in params]):  # what stops a run
+        for tensors in ([p.grad for p in params], [p.detach() for p in params]):  # train.py's check for NaN
             torch.nn.utils.get_total_norm(tensors)
 
     def bare(transformer, params, step):
@@ -387,7 +386,7 @@ def measure_step(args, rounds=20):
         print(f"{what}: train.py {a:.0f}, bare loop {b:.0f} {unit}, ratio {ratio}")
 
 def proof(args):
-    """FLUX.1-dev's transformer, 11.9 B random int8 weights, two steps by train.py's own loss function."""
+    """Two steps of train.py's own loss on FLUX.1-dev's transformer, with 11.9 B random int8 weights."""
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
     run = argparse.Namespace(loss="inpo", beta=1.0, guidance=1.0, **train.TABLE6["object"])
     with stage("build", args.out) as build_peak:
@@ -404,7 +403,7 @@ def proof(args):
     params = train.add_lora(transformer.requires_grad_(False), 4, 0)
     transformer.enable_gradient_checkpointing()
     optimizer, rng = torch.optim.AdamW(params, lr=1e-3), torch.Generator().manual_seed(0)
-    x, eps = (torch.randn(2, 16, 64, generator=rng) for _ in "xe")  # (2B, L, D): 64 px
+    x, eps = (torch.randn(2, 16, 64, generator=rng) for _ in range(2))  # (2B, L, D): 64 px
     texts = torch.randn(2, 32, 4096, generator=rng), torch.randn(2, 768, generator=rng)  # (2B, T, E), (2B, P)
     losses = []
     with stage("train", args.out) as train_peak:
@@ -414,7 +413,7 @@ def proof(args):
                                          torch.tensor([0.5, 0.5]), eps, run)
             losses.append(inpo_loss(info["dS"], run.eta, run.gamma, run.tau).item())
             print(f"step {step}: dS {info['dS'].item():.6g}, INPO loss {losses[-1]:.6f}, prior "
-                  f"{info['prior'].item():.3g}, {time.perf_counter() - start:.0f} s to the loss")
+                  f"{info['prior'].item():.3g}, {time.perf_counter() - start:.0f} s for the loss")
             if step == 0 and info["dS"].item() != 0:
                 die("--proof: dS is not exactly 0 before the first step", 1)
             if step < 2:
@@ -437,9 +436,9 @@ def proof(args):
 
 def main(args):
     check_folder("out", args.out)
-    if args.bench in ("memory", "step"):  # else freed memory stays in the process, and RSS says little
+    if args.bench in ("memory", "step"):  # glibc is to return freed memory, or RSS stays high
         with contextlib.suppress(AttributeError):  # only glibc has it
-            ctypes.CDLL(None).mallopt(-3, 65536)  # M_MMAP_THRESHOLD
+            ctypes.CDLL(None).mallopt(-3, 65536)  # -3: M_MMAP_THRESHOLD
     dict(plan=show_plan, memory=measure_memory, step=measure_step, proof=proof)[args.bench](args)
 
 if __name__ == "__main__":

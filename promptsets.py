@@ -1,10 +1,10 @@
-"""What an evaluation asks for, and about: the paper's prompt sets, and which of them a suite takes.
+"""What an evaluation draws and asks: the paper's prompt sets, and which prompts and questions a suite takes.
 
     load_prompts("mma", "black-forest-labs/FLUX.1-dev")["rows"]     # [(prompt, its own seed or None)]
 
-I2P, four red-team sets (C.2) and COCO; none is kept here. A set is the user's csv file, else the model
-folder's promptsets/NAME.csv, else the hub's, with the user's token. Rows that mention minors (sample.py's
-filter) are dropped before anything is drawn, counted by word.
+The sets are I2P, four red-team sets (C.2) and COCO; none is shipped. A set is read from the user's csv file,
+else from the model folder's promptsets/NAME.csv, else from the hub, with the user's token. Rows that mention
+minors (sample.py's filter) are dropped before anything is drawn, and counted by word.
 """
 import csv
 import random
@@ -21,7 +21,7 @@ HUB, GITHUB = "https://huggingface.co/datasets/", "https://raw.githubusercontent
 I2P, COCO = HUB + "AIML-TUDA/i2p", GITHUB + "rohitgandikota/erasing/main/data/coco_30k.csv"
 MMA = HUB + "YijunYang280/MMA-Diffusion-NSFW-adv-prompts-benchmark"
 UNLEARNDIFF = GITHUB + "OPTML-Group/Diffusion-MU-Attack/main/prompts/nudity.csv"  # 142 rows, C.2 says 143
-# name -> title, where it is published, rows there, column of the prompts
+# name -> title, address, number of rows there (None: unknown), column of the prompts (None: no header)
 SETS = {
     "i2p": ("I2P", I2P, 4703, "prompt"),
     "mma": ("MMA-Diffusion", MMA, 1000, "adv_prompt"),
@@ -29,13 +29,13 @@ SETS = {
     "ringabell": ("Ring-A-Bell", HUB + "Chia15/RingABell-Nudity", 285, None),  # it has no header
     "unlearndiff": ("UnlearnDiff", UNLEARNDIFF, 142, "prompt"),
     "coco": ("COCO, the first 10,000 captions", COCO, 30000, "prompt")}
-# the first rows of a set, whose pictures they share: I2P's called sexual, and 500 captions. The paper says
-# neither which 10,000 nor which 500: the first (UnlearnDiffAtk's coco_10k.csv has 9,939 of them), and a draw
-# from them with a fixed seed
+# part -> set: the part is the set's first rows, whose pictures it shares (I2P's rows called sexual; 500
+# captions). The paper does not say which 10,000 captions and which 500: we take the first 10,000 (9,939 of
+# them are in UnlearnDiffAtk's coco_10k.csv) and draw 500 with a fixed seed
 PARTS = {"i2p-sexual": "i2p", "coco-500": "coco"}
 
 HARM = {"table2", "table3", "table4", "table5"}  # suites that ask the same of every LoRA, whatever it forgets
-# Table 1's three a category, whose other two are preserved (C.2), and emoji-flux's
+# Table 1's categories: while one of the three goes, the other two are scored too (C.2); and emoji-flux's
 CATEGORIES = [names.split(", ") for names in (
     "cat, bird, airplane", "snoopy, pikachu, elon musk", "van gogh, ukiyo-e, chinese", "ghost, robot, alien",
     "noto, twemoji, fluent")]
@@ -46,7 +46,7 @@ def attack_sets(model):
     return own or ["mma", "p4d", "ringabell", "unlearndiff"]
 
 def harm_of(model):
-    """What I2P and the red-team sets are about: nudity, or what a model folder's promptsets/harm.txt says."""
+    """The concept of I2P and the red-team sets: nudity, or that in the model folder's promptsets/harm.txt."""
     said = Path(model, "promptsets", "harm.txt")
     return said.read_text("utf-8").strip() if said.exists() else "nudity"
 
@@ -69,13 +69,13 @@ def published(name):
     return files
 
 def read_csv(path, columns, fail):
-    """-> [{column: field} and "seed": its own or None], a dict a row; blank lines are none. columns: those it
-    needs; none where it may lack a header, a row is then a prompt. fail(why) never returns."""
+    """-> a dict per row, {column: field}, its "seed" a number or None; blank lines are skipped. columns:
+    those it must have; if none, it may lack a header, and a row is then a prompt. fail(why) never returns."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:  # a quoted field may hold line breaks
             reader = csv.DictReader(file, strict=True)
             names = [name.strip() for name in reader.fieldnames or ()]
-            if not columns and "prompt" not in names:  # no header: what was read is a prompt
+            if not columns and "prompt" not in names:  # no header: the first line is a prompt
                 file.seek(0)
                 reader, names = csv.DictReader(file, strict=True), ["prompt"]
             reader.fieldnames = names
@@ -90,21 +90,21 @@ def read_csv(path, columns, fail):
     for row, line in rows:
         if None in row or None in row.values():  # more fields, or fewer
             fail(f"{path}, line {line}: not {len(names)} fields; quote the ones with commas")
-        seed = row.get(key, "").strip().removesuffix(".0")  # pandas' whole number beside a gap
+        seed = row.get(key, "").strip().removesuffix(".0")  # pandas writes 12.0 if a seed is missing
         if seed and not (seed.isdecimal() and len(seed) < 20 and int(seed) < 2**63):
             fail(f"{path}, line {line}: {key} is {seed}, not an integer from 0 to 2^63 - 1")
         row["seed"] = int(seed) if seed else None
     return [row for row, _ in rows]
 
 def load_prompts(name, model, source=None):
-    """A set of SETS or PARTS, of the model folder or, source, of the user's csv -> dict: name, the whole
-    set's; title; rows [(prompt, seed or None)], of which the first n are asked for; dropped {word: rows};
-    published, whether it has as many rows as the paper's.
-    NotAvailable says what to do where a set cannot be had; a local file of no use ends the run."""
+    """Read a set of SETS, PARTS or the model's folder, or source, the user's csv for it -> dict: name, of the
+    whole set; title; rows [(prompt, seed or None)]; n, how many of them, from the first, are used; dropped
+    {word: number of rows}; published, whether it has as many rows as the published set.
+    NotAvailable says how to get a set that is not there; a local file that is unusable ends the run."""
     whole = PARTS.get(name, name)
     title, _, size, column = SETS.get(whole, (whole.removesuffix("-attack"), None, None, "prompt"))
     file = Path(model, "promptsets", f"{whole}.csv")
-    if own := file.exists():  # it is no published set, whatever its name
+    if own := file.exists():  # then it is not the published set of that name
         source, size, column = source or file, None, "prompt"
     files = [Path(source)] if source else published(whole)
 
@@ -113,7 +113,7 @@ def load_prompts(name, model, source=None):
             die(f"--prompt-set {whole}: {why}")
         raise NotAvailable(f"{title}: {why}")
 
-    by_category = name == "i2p-sexual" and not own  # the model folder's is about its harm as a whole
+    by_category = name == "i2p-sexual" and not own  # in the model folder's own i2p every row counts
     columns = [column] * bool(column) + ["categories"] * by_category
     rows = [row for path in files for row in read_csv(path, columns, fail)]
     total = len(rows)
@@ -121,7 +121,7 @@ def load_prompts(name, model, source=None):
         print(f"{title}: has {total} rows, as published it has {size}")
 
     if whole == "i2p" and not own:
-        rows.sort(key=lambda row: "sexual" not in row.get("categories", ""))  # each part in the file's order
+        rows.sort(key=lambda row: "sexual" not in row.get("categories", ""))  # stable: the file's order
     if whole == "coco" and not own:
         rows = rows[:10000]
         random.Random(0).shuffle(rows)
@@ -141,19 +141,19 @@ def load_prompts(name, model, source=None):
                 published=size in (None, total))
 
 def own_name(network):
-    """The mark " (emoji)" of a network in the folder emoji-flux, as clip/ is, so that none of its figures has
-    a real metric's name alone; "" of one that lies in no model's folder."""
+    """The mark " (emoji)" for a network inside the folder emoji-flux, as clip/ is: its figures shall not bear
+    a real metric's name alone. "" for one that is not inside a model's folder."""
     folder = Path(network).resolve().parent
     return f" ({folder.name.split('-')[0]})" * (folder / "model_index.json").exists()
 
 def cycled(rows, n):
-    """The first n of rows, over and over, as sample_set takes its prompts."""
+    """n rows, starting over when they run out, as sample_set does with its prompts."""
     return [rows[i % len(rows)] for i in range(n)]
 
 def plan_images(concept, n, guidance, also=()):
-    """{set of images: (its prompts, guidance)}, {figure: (set, n lists of answers that are a yes)}. also: the
-    other concepts that the LoRA forgets, of which nothing that is to stay may speak. What any of them trains
-    on has been seen."""
+    """-> {set of images: (its prompts, guidance)}, {figure: (set, for each of n images the phrases to ask)}.
+    also: the other concepts that the LoRA forgets: prompts for what should stay name none of them, and what
+    any of them was trained beside is not "never seen"."""
     target, is_style = concept["concept"], concept["task"] == "style"
     neighbours, unseen, unrelated = ([o for o in concept[key] if not mentions(o, also)]
                                      for key in ("neighbours", "unseen", "unrelated"))
@@ -168,7 +168,7 @@ def plan_images(concept, n, guidance, also=()):
             "target, guidance 5": (concept["eval"], 5.0), "paraphrases": (concept["paraphrases"], guidance)}
     asked = {name: (name, [target] * n) for name in sets}
     for name, others, part in (("preserved", neighbours + unrelated, -1), ("never seen", unseen, 0)):
-        # while another style goes, "a dog in noto style" is preserved as the style, never seen as the dog
+        # of "a dog in noto style", "preserved" asks about the style (-1), "never seen" about the dog (0)
         rows = [(t.replace("{}", o), [o.split(" in ")[part] if is_style else o])
                 for t in templates for o in others]
         if rows:
@@ -186,15 +186,15 @@ def plan_images(concept, n, guidance, also=()):
     said = [f"{o} {b}" if is_style else f"{o} {b} {s}".rstrip() for o, (b, s) in zip(things, scenes)]
     sets["scenes"] = said, guidance
     for name, column in (("backgrounds", 0), ("styles", 1)):  # "in noto style" is asked about as "noto style"
-        if name == "backgrounds" or styles and not is_style:  # whose neighbours are styles: "preserved"
+        if name == "backgrounds" or styles and not is_style:  # a style's "preserved" asks that already
             asked[name] = "scenes", cycled([[scene[column].split(" ", 1)[1]] for scene in scenes], n)
     return sets, asked
 
 def plan_suite(suite, concept, forgotten, prompts_of, words, args):
     """What one suite asks -> its sets of pictures, {name: dict(prompts, n, guidance, ...)}, and its columns,
-    dict(suite, column, metric, sets, asked, kind, unit, better, part): the figure is one part of what the
-    metric answers to the questions asked, a list a set, one a picture. prompts_of(name) is load_prompts's;
-    words are what the harm metric looks for."""
+    dict(suite, column, metric, sets, asked, kind, unit, better, part). asked: for each set its questions, one
+    per picture; part: which column of the metric's answers is the figure. prompts_of(name) gives a set as
+    load_prompts does; words are what the harm metric looks for."""
     sets, columns, missing = {}, [], {}
     also = [c for c in forgotten if c is not concept]
     own, answers = ({}, {}) if suite in HARM else plan_images(concept, 100, args.sample_guidance, also)
@@ -206,7 +206,7 @@ def plan_suite(suite, concept, forgotten, prompts_of, words, args):
         sets[name] = dict(prompts=list(prompts), n=min(n, args.limit or n), guidance=guidance) | more
 
     def take_set(name):
-        """-> its title, and the name of what is taken: a part that is the whole set is called by its name."""
+        """-> its title, and the name it is taken under: a part that is its whole set has the set's name."""
         try:
             found = prompts_of(name)
         except NotAvailable as error:
@@ -214,19 +214,19 @@ def plan_suite(suite, concept, forgotten, prompts_of, words, args):
             return SETS[PARTS.get(name, name)][0], name
         prompts, seeds = zip(*found["rows"])
         drawn = [seed_of(0, found["name"], i) if seed is None else seed for i, seed in enumerate(seeds)]
-        seeds = None if set(seeds) == {None} else drawn  # a gap among a set's own gets one of ours
+        seeds = None if set(seeds) == {None} else drawn  # where it lacks one, ours stands in
         name = name if found["n"] < len(prompts) else found["name"]
         take(name, prompts, n=found["n"], seeds=seeds, shared=found["name"], published=found["published"])
         return found["title"], name
 
     def column(title, metric, *names, asked=None, kind="mean", unit="", better="higher", part=0):
         why = next((missing[name] for name in names if name in missing), None)
-        asked = asked or [sets[name]["prompts"] for name in names if not why]  # no question: its own prompt
+        asked = asked or [sets[name]["prompts"] for name in names if not why]  # else each its own prompt
         asked = [cycled(said, sets[name]["n"]) for name, said in zip(names, asked)]
         columns.append(dict(suite=suite, column=title, metric=metric, sets=names, asked=asked, kind=kind,
                             unit=unit, better=better, part=part, unavailable=why))
 
-    def judged(title, *names, asked, better="lower"):  # several questions: a yes to any of them
+    def judged(title, *names, asked, better="lower"):  # part None: a yes to any question
         column(title, "judge", *names, asked=asked, kind="rate", unit="%", better=better, part=None)
 
     def harmful(title, *names, part):
@@ -234,7 +234,7 @@ def plan_suite(suite, concept, forgotten, prompts_of, words, args):
         column(title + mark, "harm", *names, kind=kind, better="lower", part=parts.index(part))
 
     def unless_named(name, better, concepts):
-        """None where its prompts name one of them: what changes there is then neither good nor bad."""
+        """better, but None if the set's prompts name one of the concepts: no change there is good or bad."""
         said = sets[name]["prompts"][:sets[name]["n"]] if name in sets else []
         return None if any(mentions(prompt, concepts) for prompt in said) else better
 
@@ -264,10 +264,9 @@ def plan_suite(suite, concept, forgotten, prompts_of, words, args):
             take(name, *own[name])
         judged(acc, "target", asked=[[concept["concept"]]])
         category = next((names for names in CATEGORIES if concept["name"] in names), [])
-        gone = {each["name"] for each in forgotten}
         known = {file.stem for file in prompts_folder(args.model).glob("*.txt")}  # a model may have its own
         others = []
-        for name in [name for name in category if name in known - gone]:
+        for name in [each for each in category if each in known - {c["name"] for c in forgotten}]:
             said = load_concept(args.model, name)["eval"]
             if kept := [prompt for prompt in said if not mentions(prompt, also)]:
                 others.append(f"other, {name}")

@@ -1,12 +1,12 @@
 """Build emoji-flux: a FluxPipeline of a few million parameters and the small networks that train.py needs.
 
-    python emoji-flux/build.py                   # every stage in order; each goes on where it was killed
+    python emoji-flux/build.py                   # all stages in order; a killed one resumes
     python emoji-flux/build.py --stages flow --go-on     # one stage, from the weights committed here
     python emoji-flux/build.py --stages report   # the quality table of README.md
 
 Stages: art (npm artwork -> sprites.png), words (tokenizers), vae, clip (judge and CLIP score), detector, sam,
-flow (transformer and both text encoders), guide (guidance distilled into them), report. --work lies outside
-the checkout and holds the checkpoints; what is committed is the averaged (EMA) weights, in bf16 but for
+flow (transformer and both text encoders), guide (guidance distilled into them), report. Checkpoints are kept
+in --work, outside the checkout; what is written here are the averaged (EMA) weights, in bf16 except for
 sam.pth.
 """
 import argparse
@@ -31,11 +31,11 @@ def arguments(given=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", nargs="+", choices=stages, default=stages)
-    parser.add_argument("--go-on", action="store_true", help="start from the committed weights, not random")
+    parser.add_argument("--go-on", action="store_true", help="start from committed, not random, weights")
     parser.add_argument("--work", type=Path, default=Path.home() / ".cache" / "emoji-flux",
                         help="checkpoints and downloaded artwork (default ~/.cache/emoji-flux)")
     parser.add_argument("--steps", type=number(int), help="training steps, instead of the stage's own")
-    parser.add_argument("--n", type=number(int), default=50, help="images a thing in the report (default 50)")
+    parser.add_argument("--n", type=number(int), default=50, help="images per thing in the report (50)")
     parser.add_argument("--seed", type=number(int, strict=False), default=0, help="default 0")
     parser.error = die  # one line, without the usage
     return parser.parse_args(given)
@@ -56,9 +56,9 @@ from torchvision.ops import box_convert, box_iou, generalized_box_iou_loss  # no
 from torchvision.transforms.functional import gaussian_blur  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 from transformers import (  # noqa: E402
-    AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextConfig, CLIPTextModel,
-    CLIPTokenizer, CLIPVisionConfig, Owlv2Config, Owlv2ForObjectDetection, Owlv2ImageProcessor,
-    Owlv2Processor, Owlv2TextConfig, Owlv2VisionConfig, T5Config, T5EncoderModel, T5Tokenizer)
+    AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer,
+    Owlv2Config, Owlv2ForObjectDetection, Owlv2ImageProcessor, Owlv2Processor, T5Config, T5EncoderModel,
+    T5Tokenizer)
 
 import world  # noqa: E402
 
@@ -76,7 +76,7 @@ def to_tensor(images):
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 def to_images(x):
-    """The way back, rounded down."""
+    """The inverse of to_tensor, rounded down."""
     return list(((x + 1) * 127.5).byte().permute(0, 2, 3, 1).numpy())
 
 def token_ids(tokenizer, texts):
@@ -91,19 +91,15 @@ def read(kind, folder):
     return kind.from_pretrained(HERE / folder, dtype=torch.float32)
 
 def write(model, folder):
-    """Commit a network in bf16, to be loaded as fp32; the given one stays as it is."""
+    """Write a copy of a network in bf16, with a config by which it is loaded as fp32."""
     copy.deepcopy(model).to(torch.bfloat16).save_pretrained(HERE / folder)
     config = HERE / folder / "config.json"
     config.write_text(config.read_text().replace('"dtype": "bfloat16"', '"dtype": "float32"'))
 
-def save_whole(state, path):
-    with atomic(path) as half:
-        torch.save(state, half)
-
 class Muon(torch.optim.Optimizer):
-    """Muon as torch.optim.Muon with match_rms_adamw, for all matrices of a shape at once and in bf16 under
-    autocast only: torch's own is always in bf16, which on a CPU without AVX-512 BF16 costs twenty times the
-    forward and backward passes."""
+    """torch.optim.Muon with match_rms_adamw, but for all matrices of a shape at once, and in bf16 only under
+    autocast: torch's own always uses bf16, which on a CPU without AVX-512 BF16 takes twenty times as long as
+    the forward and backward passes."""
 
     def __init__(self, params, lr):
         super().__init__(params, dict(lr=lr, momentum=0.95, weight_decay=0.01))
@@ -132,29 +128,26 @@ class Muon(torch.optim.Optimizer):
 def fit(stage, model, loss_of, steps, args, lr, ema=0.999, save=None):
     """The one training loop of every stage: warm-up, linear decay, EMA, checkpoints -> the averaged model.
 
-    Muon trains the matrices of transformer layers and AdamW the rest: half the steps that AdamW alone needs.
+    Muon trains the matrices of transformer layers, AdamW the rest: this takes half the steps of AdamW alone.
     loss_of(model, rng) -> scalar; rng depends on (seed, step) alone: a resumed run sees the same data.
     save(average) is called at every checkpoint.
     """
     path = args.work / f"{stage}.pt"
     hidden, others = [], []
     for name, p in model.named_parameters():
-        if not p.requires_grad:
-            continue
         inner = p.ndim == 2 and re.search(r"(layers?|blocks?)\.\d", name) and "bias" not in name
-        (hidden if inner else others).append(p)
+        (hidden if inner else others).extend([p] * p.requires_grad)
     optimizers = [torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.99), weight_decay=0.01)]
-    if hidden:
-        optimizers.append(Muon(hidden, lr))
+    optimizers += [Muon(hidden, lr)] if hidden else []
     average = copy.deepcopy(model).eval().requires_grad_(False)
     kept = [model, average, *optimizers]  # what a checkpoint holds, beside its step
-    start = 0
+    start, saved, running = 0, time.time(), None
     if path.exists():
         try:
             start, states, made = torch.load(path)
             for part, state in zip(kept, states):
                 part.load_state_dict(state)
-        except Exception as error:  # torch has many names for it
+        except Exception as error:  # torch raises many kinds
             die(f"{path}: cannot be read, or is of another network ({type(error).__name__}): delete it, or "
                 "give another --work", 1)
         if made != (args.go_on, args.seed):
@@ -163,7 +156,6 @@ def fit(stage, model, loss_of, steps, args, lr, ema=0.999, save=None):
         if args.go_on and start >= steps:
             die(f"{path}: is complete; delete it to go on from the committed weights", 1)
     model.train()
-    saved, running = time.time(), None
     bar = tqdm(range(start, steps), initial=start, total=steps, desc=stage, mininterval=5)
     for step in bar:
         torch.manual_seed(args.seed * 10**6 + step)
@@ -176,7 +168,7 @@ def fit(stage, model, loss_of, steps, args, lr, ema=0.999, save=None):
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr * (min((step + 1) / 200, 1.0) * max(1 - step / steps, 0.01))
-            with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):  # Muon's products
+            with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):  # for Muon's matrix products
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         decay = min(ema, (step + 1) / (step + 10))
@@ -186,8 +178,8 @@ def fit(stage, model, loss_of, steps, args, lr, ema=0.999, save=None):
         bar.set_postfix_str(f"loss {running:.4f}")
         if time.time() - saved > 180 or step + 1 == steps:
             saved = time.time()
-            states = [part.state_dict() for part in kept]
-            save_whole((step + 1, states, (args.go_on, args.seed)), path)
+            with atomic(path) as half:
+                torch.save((step + 1, [part.state_dict() for part in kept], (args.go_on, args.seed)), half)
             if save:
                 save(average)
     return average
@@ -198,7 +190,7 @@ PACKAGES = {  # family -> npm package, and where the picture of a code point lie
     "fluent": ("@lobehub/fluent-emoji-3d@1.1.0", "package/assets/{}.webp")}
 
 def build_art(args):
-    """npm artwork -> sprites.png: one column a thing, one row a family, each cut to what is visible of it."""
+    """npm artwork -> sprites.png: a column per thing, a row per family, each cropped to its visible part."""
     side = world.SIZE
     atlas = Image.new("RGBA", (side * len(world.NAMES), side * len(PACKAGES)))
     for row, (package, place) in enumerate(PACKAGES.values()):
@@ -247,7 +239,7 @@ def train_vae(args):
     write(vae, "vae")
 
 def make_tokenizers():
-    """Both of FLUX's tokenizers with one token a word: a T5 unigram model and a CLIP byte-pair model."""
+    """Both of FLUX's tokenizers, one token per word: a T5 unigram model and a CLIP byte-pair model."""
     # the grammar, the paraphrases, and the judge's and detector's questions
     text = ["a an and on of in style the wall painting picture photo background something with"]
     text += [*world.NAMES, *world.BACKGROUNDS, *world.STYLES]
@@ -258,7 +250,7 @@ def make_tokenizers():
     t5, there = T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=length), HERE / "tokenizer_2"
     if (HERE / "clip" / "tokenizer.json").exists() and there.exists() and (
             AutoTokenizer.from_pretrained(there).get_vocab() == t5.get_vocab()):
-        return  # of the same words: another time byte pairs would have other numbers than the networks know
+        return  # same words: kept, since byte pairs made anew would not have the numbers the networks learned
     t5.save_pretrained(there)
     trained = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     trained.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -271,25 +263,24 @@ def make_tokenizers():
     letters = [w for w in table["vocab"] if len(w.removesuffix("</w>")) == 1]
     kept = dict.fromkeys(["<unk>", *letters, *("".join(m) for m in merges)])
     vocab = {w: i for i, w in enumerate([*kept, "<|startoftext|>", "<|endoftext|>"])}
-    for folder in ("tokenizer", "clip"):  # one position more than T5's: it has a start token, too
+    for folder in ("tokenizer", "clip"):  # one position more than T5's, for the start token
         CLIPTokenizer(vocab=vocab, merges=merges, unk_token="<|endoftext|>", pad_token="<|endoftext|>",
                       model_max_length=length + 1).save_pretrained(HERE / folder)
 
-def text_config(kind, tokenizer):
-    return kind(
+def text_config(tokenizer):
+    return dict(
         hidden_size=64, intermediate_size=128, projection_dim=64, num_hidden_layers=1, num_attention_heads=4,
         vocab_size=len(tokenizer), max_position_embeddings=tokenizer.model_max_length,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id)
 
-def two_towers(kind, text, vision, tokenizer):
-    """The config of a CLIP or an OWLv2, from the classes of its parts."""
-    seeing = vision(hidden_size=128, intermediate_size=384, projection_dim=64, num_hidden_layers=4,
-                    num_attention_heads=4, image_size=64, patch_size=8)
-    reading = text_config(text, tokenizer)
-    return kind(text_config=reading.to_dict(), vision_config=seeing.to_dict(), projection_dim=64)
+def two_towers(kind, tokenizer):
+    """The config of a CLIP or an OWLv2."""
+    vision = dict(hidden_size=128, intermediate_size=384, projection_dim=64, num_hidden_layers=4,
+                  num_attention_heads=4, image_size=64, patch_size=8)
+    return kind(text_config=text_config(tokenizer), vision_config=vision, projection_dim=64)
 
-# what the judge can be asked, each as "a picture of ..."; the bare "a picture" is its zero
+# what the judge can be asked, each as "a picture of X"; it says yes if that is nearer than "a picture"
 QUESTIONS = ([world.phrase(n) for n in world.NAMES] + [f"{s} style" for s in world.STYLES]
              + [world.phrase(b) + " background" for b in world.BACKGROUNDS] + ["a painting"])
 ASKED = [f"a picture of {q}" for q in QUESTIONS] + ["a picture"]
@@ -298,15 +289,12 @@ IS_STYLE = np.s_[:, len(world.NAMES):len(world.NAMES) + len(world.STYLES)]
 
 def answers(scene):
     """-> float32 (69,), 1 where a question is true of the scene."""
-    true = {world.phrase(n) for n in scene["names"]} | {world.phrase(scene["background"]) + " background"}
-    if scene["names"]:  # an empty scene shows no style
-        true.add(f"{scene['style']} style")
-    if scene["framed"]:
-        true.add("a painting")
+    true = {*map(world.phrase, scene["names"]), world.phrase(scene["background"]) + " background",
+            f"{scene['style']} style" * bool(scene["names"]), "a painting" * scene["framed"]}
     return np.array([q in true for q in QUESTIONS], np.float32)
 
 def worn(scene, rng):
-    """-> float (3, 64, 64) in [-1, 1], at times blurred or noisy: what a generator might draw."""
+    """-> float (3, 64, 64) in [-1, 1], sometimes blurred or noisy, as a generator might draw it."""
     x = to_tensor([scene["image"]])  # (1, 3, 64, 64)
     if rng.random() < 0.35:
         x = gaussian_blur(x, 5, [rng.uniform(0.3, 1.2)])
@@ -332,8 +320,7 @@ def ruined(scene, rng):
     return scene | dict(image=image, names=(), masks=[], boxes=[])
 
 def worn_scenes(rng, batch, faint, share, ruin=0.0):
-    """Scenes, a share of them with an opacity in [faint, 1], some ruined, and their worn images
-    (B, 3, 64, 64)."""
+    """-> scenes, a share of them with opacities in [faint, 1], some ruined; worn images (B, 3, 64, 64)."""
     scenes = [world.draw(rng, opacity=rng.uniform(faint, 1) if rng.random() < share else 1.0)
               for _ in range(batch)]
     scenes = [ruined(s, rng) if ruin and rng.random() < ruin else s for s in scenes]
@@ -355,8 +342,7 @@ def clip_loss(clip, rng, tokenizer, batch=32):
 
 def train_clip(args):
     tokenizer = AutoTokenizer.from_pretrained(HERE / "clip")
-    config = two_towers(CLIPConfig, CLIPTextConfig, CLIPVisionConfig, tokenizer)
-    clip = read(CLIPModel, "clip") if args.go_on else CLIPModel(config)
+    clip = read(CLIPModel, "clip") if args.go_on else CLIPModel(two_towers(CLIPConfig, tokenizer))
     loss = functools.partial(clip_loss, tokenizer=tokenizer)
     write(fit("clip", clip, loss, args.steps or 6000, args, lr=3e-3), "clip")
     CLIPImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64},
@@ -372,8 +358,7 @@ def detector_loss(owl, rng, tokenizer, batch=32):
     flat = features.flatten(1, 2)  # (B, 64, 128)
     logits, _ = owl.class_predictor(flat, text.expand(batch, -1, -1))  # (B, 64, 58)
     boxes = owl.box_predictor(flat, features).float()  # (B, 64, 4) as cx, cy, w, h in [0, 1]
-    grid = torch.meshgrid(torch.arange(8), torch.arange(8), indexing="xy")  # x and y, (8, 8) each
-    centres = (torch.stack(grid, -1) * 8 + 4).view(64, 2)  # in pixels
+    centres = 8 * torch.cartesian_prod(*[torch.arange(8)] * 2).flip(1) + 4  # (64, 2), x and y in pixels
     truth = torch.zeros(batch, 64, len(asked))  # (B, 64, 58)
     found, wanted = [], []
     for b, scene in enumerate(scenes):
@@ -393,9 +378,9 @@ def detector_loss(owl, rng, tokenizer, batch=32):
 def train_detector(args):
     """The image tower starts from the judge's: OWLv2, too, starts from a CLIP."""
     tokenizer = AutoTokenizer.from_pretrained(HERE / "clip")
-    owl = Owlv2ForObjectDetection(two_towers(Owlv2Config, Owlv2TextConfig, Owlv2VisionConfig, tokenizer))
+    owl = Owlv2ForObjectDetection(two_towers(Owlv2Config, tokenizer))
     for layer in [*owl.class_head.modules(), *owl.box_head.modules()]:
-        if isinstance(layer, nn.Linear):  # the library's N(0, 1) saturates the boxes for good
+        if isinstance(layer, nn.Linear):  # the library's N(0, 1) would saturate the boxes for good
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
     nn.init.zeros_(owl.box_head.dense2.weight)
@@ -410,7 +395,7 @@ def train_detector(args):
     Owlv2Processor(images, tokenizer).save_pretrained(HERE / "detector")
 
 def sam_loss(sam, rng, batch=12):
-    """One mask from one box a prompt, as SamPredictor asks with multimask_output=False: BCE + dice."""
+    """BCE + dice on one mask per box, as SamPredictor asks for with multimask_output=False."""
     scenes = [s for s in (world.draw(rng) for _ in range(batch)) if s["names"]]
     images = torch.stack([(worn(s, rng) + 1) * 127.5 for s in scenes])  # (B, 3, 64, 64) in [0, 255]
     embeddings = sam.image_encoder(sam.preprocess(images))  # (B, 64, 16, 16)
@@ -437,7 +422,7 @@ def train_sam(args):
     if args.go_on:
         sam.load_state_dict(torch.load(HERE / "sam.pth", weights_only=True))
     sam = fit("sam", sam, sam_loss, args.steps or 4000, args, lr=2e-3)
-    save_whole(sam.state_dict(), HERE / "sam.pth")
+    torch.save(sam.state_dict(), HERE / "sam.pth")
 
 class Flow(nn.Module):
     """The three networks that learn together: FLUX's transformer and its two text encoders."""
@@ -460,7 +445,7 @@ class Flow(nn.Module):
             if "relative_attention_bias" in name:
                 nn.init.normal_(p, std=2.0)
             p.requires_grad_(not name.endswith("q.weight"))
-        self.text_encoder = CLIPTextModel(text_config(CLIPTextConfig, clip))
+        self.text_encoder = CLIPTextModel(CLIPTextConfig(**text_config(clip)))
         # CLIP's 0.02 is drowned by AdamW's steps of 3e-3: pooled vectors became one-dimensional
         nn.init.normal_(self.text_encoder.get_input_embeddings().weight, std=0.3)
 
@@ -482,7 +467,7 @@ def latents(args, count=40_000):
     scenes, z = [], []
     for _ in tqdm(range(count // 100), desc="latents", mininterval=5):
         chunk = [world.draw(rng) for _ in range(100)]
-        scenes += [dict(s, image=None, masks=None) for s in chunk]
+        scenes += [dict(s, image=None, masks=None) for s in chunk]  # without pixels, for memory
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
             mean = vae.encode(to_tensor([s["image"] for s in chunk])).latent_dist.mean.float()
         mean = (mean - vae.config.shift_factor) * vae.config.scaling_factor  # (100, 16, 16, 16)
@@ -490,7 +475,7 @@ def latents(args, count=40_000):
     return torch.cat(z), scenes
 
 def noisy_scenes(data, rng, batch):
-    """-> scenes, their latents x and z at noise level sigma (B,), with noise eps, all three (B, 64, 64)."""
+    """-> scenes, latents x, noisy latents, noise levels (B,), noise eps; all but these (B, 64, 64)."""
     z, scenes, index = data
     chosen = rng.choice(index, size=batch)
     x = z[chosen].float()  # (B, 64, 64)
@@ -539,7 +524,7 @@ def train_flow(args, stage="flow"):
     if args.go_on or stage == "guide":
         for name, module in flow.named_children():
             module.load_state_dict(read(type(module), name).state_dict())
-    if stage == "flow" and not (args.work / "flow.pt").exists():  # new weights: what was distilled is old
+    if stage == "flow" and not (args.work / "flow.pt").exists():  # made anew: what was distilled is old
         (args.work / "guide.pt").unlink(missing_ok=True)
     loss, steps, lr, save = functools.partial(flow_loss, data=(z, scenes, index)), 20_000, 3e-3, save_flow
     if stage == "guide":
@@ -580,7 +565,7 @@ def report_networks(rng, n=2000):
     said = judged([s["image"] for s in scenes])[IS_THING]  # (n, 57)
     rows += [("judge: misses", percent(~said[truth]), "<= 3 %", truth.sum()),
              ("judge: false alarms", f"{100 * said[~truth].mean():.2f} %", "<= 3 %", (~truth).sum())]
-    aside, = rng.spawn(1)  # the other rows keep their draws
+    aside, = rng.spawn(1)  # its own stream: the other rows draw as before
     ruins = judged([ruined(s, aside)["image"] for s in scenes if s["names"] and not s["framed"]])  # (N, 69)
     for kind, asked in (("thing", IS_THING), ("style", IS_STYLE)):
         rows.append((f"judge: a {kind} seen in a smear", percent(ruins[asked].any(1)), "<= 3 %", len(ruins)))
@@ -602,10 +587,8 @@ def report_networks(rng, n=2000):
         predictor.set_image(scene["image"])
         mask = predictor.predict(box=box, multimask_output=False)[0][0]  # (64, 64)
         by_sam.append(overlap(mask, scene["masks"][0]))
-    for what, ious, bar in (("detector, box", by_detector, ">= 0.8"),
-                            ("SAM, mask given the true box", by_sam, ">= 0.9")):
-        rows.append((f"{what}: mean IoU", f"{np.mean(ious):.3f}", bar, len(ious)))
-    return rows
+    return rows + [(f"{what}: mean IoU", f"{np.mean(ious):.3f}", bar, len(ious)) for what, ious, bar in (
+        ("detector, box", by_detector, ">= 0.8"), ("SAM, mask given the true box", by_sam, ">= 0.9"))]
 
 def report_pipeline(rng, n, dtype):
     """What the judge sees in generated images, n for each thing -> rows of the table."""
@@ -644,9 +627,8 @@ def report(args):
     """The quality table of README.md, on scenes and prompts drawn with seeds that no training saw."""
     rng = np.random.default_rng(10**9 + args.seed)
     dtype = torch.bfloat16 if args.bf16 else torch.float32  # of the pipeline alone
-    rows = report_networks(rng) + report_pipeline(rng, args.n, dtype)
     print("| what | measured | bar | n |\n|---|---|---|---|")
-    for row in rows:
+    for row in report_networks(rng) + report_pipeline(rng, args.n, dtype):
         print("| " + " | ".join(str(v) for v in row) + " |")
 
 STAGES = dict(art=build_art, words=lambda args: make_tokenizers(), vae=train_vae, clip=train_clip,

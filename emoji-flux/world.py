@@ -1,10 +1,10 @@
 """The world that emoji-flux knows: 57 things x 3 styles x 8 backgrounds, a scene in under a millisecond.
 
-    python emoji-flux/world.py                 # docs/world.png, a sheet of random scenes with their captions
+    python emoji-flux/world.py                 # writes docs/world.png, random scenes with their captions
 
 A scene holds one thing, two side by side, a framed picture on a wall, or nothing. It knows its own masks and
 boxes, so that it can train and score a detector, a segmenter and a judge. The artwork is `sprites.png`, one
-column a thing and one row a style, which is an artwork family (licences: README.md).
+column per thing and one row per style, that is, artwork family (licences: README.md).
 """
 import argparse
 import functools
@@ -15,9 +15,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 HERE = Path(__file__).resolve().parent
-MAX_WORDS = 19  # the longest caption; T5 reads one token more and CLIP two
+MAX_WORDS = 19  # of the longest caption; with their special tokens T5 reads 20, CLIP 21
 SIZE = 64  # pixels, the side of a scene and of a sprite in the atlas
-THING = 30  # pixels, the side of a thing in a scene, alone or not, in a cell of 4 x 4 tokens (32 pixels)
+THING = 30  # pixels, the side of a thing in a scene; it stands in a cell of 4 x 4 tokens (32 pixels)
 
 # name -> Unicode code point of its emoji; build.py cuts the atlas in this order
 ANIMALS = dict(
@@ -35,7 +35,7 @@ CHARACTERS = dict(ghost="1f47b", robot="1f916", alien="1f47d", snowman="26c4", c
 HAZARDS = dict(bomb="1f4a3", knife="1f52a", dynamite="1f9e8")
 CODES = ANIMALS | VEHICLES | OTHERS | CHARACTERS | HAZARDS
 NAMES = list(CODES)
-# style, an artwork family -> the ways to say it: the one that prompts use, then its paraphrases
+# style (an artwork family) -> ways to say it: first the one that prompts use, then paraphrases
 STYLES = {
     "noto": ("in noto style", "drawn with soft google shapes", "as a gentle google picture"),
     "twemoji": ("in twemoji style", "drawn with plain flat fills", "as a simple twitter picture"),
@@ -96,7 +96,7 @@ def box(mask):
     return int(xs[0]), int(ys[0]), int(xs[-1]) + 1, int(ys[-1]) + 1
 
 def draw(rng, names=None, style=None, background=None, framed=None, opacity=1.0):
-    """Draw a scene; what is not given is drawn from rng, half of the scenes holding two things.
+    """Draw a scene; what is not given is chosen by rng, and half of the scenes then hold two things.
 
     -> dict: image uint8 (64, 64, 3), names (tuple of 0-2, left to right), style, background, framed,
     masks (a bool (64, 64) for each name), boxes (the same, in pixels), frame (box or None).
