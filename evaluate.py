@@ -5,10 +5,10 @@
     python evaluate.py --lora out/FLUX.1-dev-nudity --suite table2 table3              # I2P, COCO, attacks
     python evaluate.py --compare out/inpo out/ga --suite table4                        # variants, paired
 
-A suite names prompts and metrics; it never trains. What is missing is sampled: the frozen model's pictures
-once, into OUT, under two seeds, the second to tell how much chance alone moves a figure, and each LoRA's.
-Scores stay beside the pictures. report.html, .json and .csv, with n, seed, network and 95 % interval of each
-figure, are left beside the LoRA, or in OUT/report where there are several.
+A suite is a set of prompts and metrics; nothing is trained. Missing pictures are drawn: each LoRA's, and the
+frozen model's once, in OUT, with two seeds: the second tells how much a figure moves by chance. Scores stay
+beside the pictures. report.html, .json and .csv, with n, seed, network and 95 % interval of each figure, are
+written beside the LoRA, or to OUT/report if there are several.
 """
 import argparse
 import contextlib
@@ -24,7 +24,6 @@ import shlex
 import sys
 import warnings
 import zlib
-from concurrent.futures import Future
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,38 +34,38 @@ from sample import (PICTURES, TASKS, check_folder, check_plan, check_set, contac
                     seed_of, seed_suffix, setup, stage, write_text)
 
 SUITES = "concept table1 table2 table3 table4 table5 table7 table8 table12".split()
-ROUND = 1000  # prompts that are encoded at once
+ROUND = 1000  # prompts encoded at once
 CAPTIONS = {"target": "what the concept became (Figures 4 and 5)", "paraphrases": "without its name",
             "rephrased": "without its name (Table 12)", "preserved": "neighbours and unrelated things",
             "scenes": "unrelated prompts (Figures 5 and 8)", "coco": "unrelated prompts (Figure 8)",
             "i2p": "unsafe prompts (Figures 2 and 6)", "other": "of the same category (C.2)",
             "pairs": "the concept beside something else", "never seen": "in no set of the training"}
 NOTES = [
-    "A judge's yes is not a person's: it misses what is faint, and finds what is only alike.",
+    "A judge's yes is not a person's: it misses what is faint, and says yes to what only looks alike.",
     "Seed noise is the frozen model against itself under another seed: a difference within it may be chance.",
-    "Intervals of counts and differences are a bootstrap over pictures: too narrow where fewer than three or "
-    "so differ, without width where none does.",
-    "What a concept's file calls unrelated is preserved, in other scenes; never seen is what no set of it "
-    "holds (a run's own --images, --prompts or --preserve may). Of Table 1's other two of a category those "
-    "are preserved, too, that the file calls neighbours.",
+    "Intervals of counts and differences are a bootstrap over pictures: too narrow where fewer than about "
+    "three pictures differ, and of no width where none does.",
+    "What a concept's file calls unrelated was in the preserve set, in other scenes. Never seen is what no "
+    "set by that file holds (a run's own --images, --prompts or --preserve may). Table 1's other two of a "
+    "category were in the preserve set, too, where the file calls them neighbours.",
     "Where a prompt of COCO or its stand-in names what a LoRA forgets, the set's scores have no arrow: they "
     "need neither stay nor fall.",
     "Cost lacks the forward passes of sampling that was killed, and of images that another run had made.",
     "Intervals hold for these prompts and this seed; another training run differs by more (README: results).",
-    "The paper's counts, if shown, are of whole prompt sets, ours, with their n, of what the filter keeps.",
+    "The paper's counts, if shown, are over whole prompt sets; ours (see n) over what the filter keeps.",
     "A Frechet distance has no paired difference, and is not counted among what should stay."]
-OF_IMAGES = ["Pictures made elsewhere count as drawn with the seeds of --list; where no manifest says so, "
-             "before and after may have other noise."]
+OF_IMAGES = ["Pictures made elsewhere are taken to be drawn with the seeds of --list; unless a manifest says "
+             "so, before and after may come from different noise."]
 
 def arguments(given=None):
     parser = model_flags(__doc__, needs_concept=False, out="the frozen model's pictures, for all LoRAs "
                          "(default out/MODEL-base, with -SEED where it is not 0)")
-    parser.add_argument("--task", choices=TASKS, help="of a --concept that has no prompt file: for Tables 2 "
-                        "to 5, which ask nothing about it")
+    parser.add_argument("--task", choices=TASKS, help="for a --concept without a prompt file; only for "
+                        "Tables 2 to 5, which ask nothing about the concept")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--lora", type=Path, nargs="+", action="extend", metavar="DIR",
-                      help="train.py's --out; several make one report, a row each; where a LoRA forgets "
-                           "several concepts, --concept is asked about")
+                      help="train.py's --out; several make one report, a row each; if a LoRA forgets "
+                           "several concepts, --concept says which one is asked about")
     what.add_argument("--compare", type=Path, nargs="+", action="extend", metavar="DIR",
                       help="several LoRAs of one concept, and their differences from each other")
     what.add_argument("--images", type=Path, metavar="DIR", dest="pictures",
@@ -82,7 +81,7 @@ def arguments(given=None):
     parser.add_argument("--prompt-set", nargs="+", action="extend", default=[], metavar="NAME=CSV",
                         help="a prompt set from your file (default: the model's promptsets/, else the hub)")
     parser.add_argument("--no-floor", action="store_true",
-                        help="no base under another seed: a third fewer pictures, no noise floor")
+                        help="do not draw the base with a second seed: a third fewer pictures, no seed noise")
     networks = parser.add_argument_group("networks")
     networks.add_argument("--judge", help="a CLIP or a LLaVA (default: the model's clip/, else LLaVA-1.5)")
     networks.add_argument("--clip", help="of the CLIP score (default: the model's clip/, else OpenAI's B/32)")
@@ -112,21 +111,21 @@ from promptsets import HARM, PARTS, cycled, harm_of, load_prompts, own_name, pla
 from report import (FIGURES, PAPER, VERSION, check_report, decimals, n_of, of, value_of,  # noqa: E402
                     write_report)
 
-BLANK = Image.new("RGB", (64, 64))  # in the place of one that cannot be read
+BLANK = Image.new("RGB", (64, 64))  # stands in for a picture that cannot be read
 
 def network_id(name):
-    """A network's name with its revision: the hub's commit, or a checksum of its weights here."""
+    """A network's name with its revision: the hub's commit, or a checksum of its local weights."""
     if Path(name).exists():
         suffixes = {".safetensors", ".bin", ".pt", ".pth"}
         weights = [Path(name)] if Path(name).is_file() else [
             file for file in sorted(Path(name).iterdir()) if file.suffix in suffixes]
         return f"{name}@{fingerprint(weights)}"
-    with contextlib.suppress(Exception):  # it cannot be had, or is a file's address
+    with contextlib.suppress(Exception):  # the hub is away, or the name is a URL
         return f"{name}@{Path(snapshot_download(name, allow_patterns='*.json')).name[:8]}"
     return name
 
 def finder(words, args):
-    """What finds the words in a picture, with all that its answer depends on."""
+    """The detector's name with all that its answers depend on: for the report, and as its scores' key."""
     name = package_id("NudeNet", "nudenet") if words == ["nudenet"] else network_id(args.detector)
     return f"{name}, {', '.join(words)} at {args.threshold}"
 
@@ -135,9 +134,10 @@ def package_id(name, package):
     return name + (f" {version(package)}" if find_spec(package.replace("-", "_")) else "")
 
 def metric_table(args, words):
-    """{metric: (name() of its network, load() -> network(images, what is asked) -> answers or features)}."""
+    """{metric: (name() of its network, load() -> network(images, what is asked) -> answers or features)}. For
+    a metric of your own add an entry here, and a column() in promptsets.plan_suite."""
     def by(load, name, *more):
-        return lambda: name and network_id(name), functools.partial(load, name, args.device, *more)
+        return (lambda: network_id(name)), functools.partial(load, name, args.device, *more)
 
     inception = (lambda: package_id("Inception of torch-fidelity", "torch-fidelity"),
                  functools.partial(metrics.inception_features, args.device))
@@ -149,8 +149,8 @@ def metric_table(args, words):
                 clip=by(metrics.load_clip_score, args.clip),
                 distance=by(metrics.clip_features, args.judge) if own_name(args.judge) else inception,
                 ImageReward=by(metrics.load_image_reward, args.image_reward),
-                PickScore=by(metrics.load_clip_score, args.pick_score, None),  # in its own scale
-                harm=harm, locality=(None, None))
+                PickScore=by(metrics.load_clip_score, args.pick_score, None),  # None: its own scale
+                harm=harm, locality=(None, None))  # by masks: score_all
 
 def read_rows(args):
     """What is judged, a row each: dict(name, folder, digest of the LoRA, forgotten and asked concepts)."""
@@ -169,12 +169,12 @@ def read_rows(args):
         run = next((f for f in runs if f.exists()), runs[0])
         settings = read_settings(run, None if args.concept else "--concept is missing, give it")
         base, forgotten = settings.get("model") or args.model, settings.get("concept")
-        own = settings.get("images") and args.concept  # those need no prompt file, an evaluation does
+        own = settings.get("images") and args.concept  # trained without a prompt file; to ask takes one
         if own or not (isinstance(forgotten, list) and forgotten and isinstance(forgotten[0], str)):
             forgotten = args.concept or die(f"{run}: names no concept, give --concept")
         if Path(base).name != Path(args.model).name:
             die(f"{folder}: was trained on {base}, not on --model {args.model}")
-        asked, forgotten = sorted({*(args.concept or forgotten)}), sorted(forgotten)  # in whatever order
+        asked, forgotten = sorted({*(args.concept or forgotten)}), sorted(forgotten)  # in any order
         alone = len(asked) == 1 or set(args.suite) <= HARM | {"table8"}  # the others ask about one concept
         if not alone or not set(asked) <= set(forgotten):
             die(f"{folder}: has forgotten {', '.join(forgotten)}: give one of them as --concept")
@@ -182,7 +182,7 @@ def read_rows(args):
         rows.append(dict(folder=folder, file=files[0], digest=digest, forgotten=forgotten, asked=asked[0],
                          weights=settings.get("weights")))
     said = sorted({" + ".join(row["forgotten"]) for row in rows})
-    if args.compare and len(said) > 1 and not set(args.suite) <= HARM:  # whose prompts are the same for all
+    if args.compare and len(said) > 1 and not set(args.suite) <= HARM:  # HARM's are the same for all
         die(f"--compare: needs LoRAs that forget the same, these forget {', '.join(said)}")
     for names in zip(*[(row["asked"], row["folder"].resolve().name, str(row["folder"])) for row in rows]):
         if len(set(names)) == len(rows):  # the shortest that tells them apart
@@ -190,21 +190,21 @@ def read_rows(args):
     die("--lora, --compare: names one LoRA twice")
 
 def check_loras(loras, args):
-    """Refuse one of {digest: file} that is corrupt or does not fit, before anything is written: they are
-    loaded into a network without memory."""
-    logging.getLogger("diffusers.loaders.peft").setLevel(logging.CRITICAL)  # it would say the same before us
+    """Refuse a LoRA of {digest: file} that is corrupt or does not fit the model, before anything is written,
+    by loading it into a network on the meta device, which takes no memory."""
+    logging.getLogger("diffusers.loaders.peft").setLevel(logging.CRITICAL)  # else it says the same before us
     config = FluxTransformer2DModel.load_config(args.model, subfolder="transformer", revision=args.weights)
     with torch.device("meta"):
         network = FluxTransformer2DModel.from_config(config)
     layers = {f"transformer.{name}" for name, part in network.named_modules()
               if isinstance(part, torch.nn.Linear)}
     for digest, file in loras.items():
-        check_folder("lora", file.parent / f"after{seed_suffix(args.seed)}")  # what it draws goes there
+        check_folder("lora", file.parent / f"after{seed_suffix(args.seed)}")  # its pictures go there
         try:
             lora, alphas = FluxPipeline.lora_state_dict(file.parent, weight_name=file.name,
                                                         return_alphas=True)
             odd = [key for key in lora if key.split(".lora")[0].removesuffix(".alpha") not in layers]
-            if odd or not lora:  # peft would leave it out with a warning
+            if odd or not lora:  # peft would only warn and ignore it
                 raise ValueError(f"it has no layer for {odd[0]}" if odd else "it holds nothing")
             halves = {key.replace(f"lora_{a}", f"lora_{b}") for a, b in ("AB", "BA") for key in lora
                       if key.endswith(f".lora_{a}.weight")}
@@ -212,16 +212,16 @@ def check_loras(loras, args):
                 raise ValueError(f"it lacks {lost[0]}")
             if odd := [key for key, value in lora.items() if not value.isfinite().all()]:
                 raise ValueError(f"its {odd[0]} is not finite")
-            with warnings.catch_warnings(action="ignore"):  # that meta weights take no values
+            with warnings.catch_warnings(action="ignore"):  # that meta tensors hold no values
                 FluxPipeline.load_lora_into_transformer(lora, alphas, network, adapter_name=digest)
             network.set_adapters(digest)
-        except Exception as error:  # safetensors, peft and diffusers' converters have many names for it
+        except Exception as error:  # safetensors, peft and diffusers' converters raise many kinds
             why = str(error).strip().splitlines()[-1].strip()
             die(f"--lora {file.parent}: does not load into {args.model}: {why}")
 
 def own_files(files, said, seeds):
-    """Where pictures made elsewhere are: as manifest.json lists them, whose prompts, and seeds if it has any,
-    must be those; else those files; else, of other names, in their order. None may be missing."""
+    """The files of pictures made elsewhere: manifest.json's, whose prompts (and seeds, if any) must be those
+    asked for; else the files given here; else, of other names, all in their order. None may be missing."""
     folder = files[0].parent
     if (manifest := folder / "manifest.json").exists():
         try:
@@ -254,10 +254,10 @@ def plan_jobs(rows, args):
     Pictures that other settings have made are refused."""
     jobs = {}
     for row in rows:
-        others = [name for name in row["forgotten"] if name != row["asked"]]  # of which no prompt may speak
+        others = [name for name in row["forgotten"] if name != row["asked"]]  # no prompt may mention them
         after = args.out / "report" if args.pictures else row["folder"] / f"after{seed_suffix(args.seed)}"
         for name, one in row["sets"].items():
-            called = one.get("shared", name)  # a part of a set has the pictures of the whole
+            called = one.get("shared", name)  # a part of a set uses the whole set's pictures
             part = Path("shared" if "shared" in one else "+".join([row["asked"], *others])) / called
             for when in ("before", "after", "again")[:2 if args.no_floor else 3]:
                 mine = argparse.Namespace(**vars(args) | dict(sample_guidance=one["guidance"]))
@@ -281,13 +281,13 @@ def plan_jobs(rows, args):
     return jobs
 
 def in_rounds(jobs, group):
-    """The work in rounds of some ROUND prompts, [(prompts, [(job, its pictures that are then there)])]. The
-    states of a prompt are 4 MB with T5-XXL: those of COCO's 10,000 would not fit into memory."""
+    """Split the work into rounds of some ROUND prompts: [(prompts, [(job, up to which picture)])]. The states
+    of a prompt take 4 MB with T5-XXL: those of COCO's 10,000 would not fit into memory."""
     rounds = []
     for first in range(0, max((job.n for job in jobs), default=0), ROUND):
         for job in (job for job in jobs if first < job.n):  # before and after: the same prompts, encoded once
             stop = min(first + ROUND, job.n)
-            whole_groups = range(first // group * group, -(-stop // group) * group)  # sample_set makes them
+            whole_groups = range(first // group * group, -(-stop // group) * group)  # as sample_set draws
             said = {job.prompts[i % len(job.prompts)] for i in whole_groups}
             if not rounds or len(rounds[-1][0] | said) > max(ROUND, len(rounds[-1][0])):
                 rounds.append((set(), []))
@@ -296,10 +296,10 @@ def in_rounds(jobs, group):
     return rounds
 
 def sample_round(prompts, parts, loras, args):
-    """One round of in_rounds; free its networks after it: diffusers' hooks hold them in a cycle."""
+    """Draw a round of in_rounds. Then call free_memory(): diffusers' hooks keep its networks in a cycle."""
     embeds = encode_prompts(prompts, args)
     pipe = load_denoiser(args)
-    with warnings.catch_warnings(action="ignore"):  # peft's, that there are several: they take turns
+    with warnings.catch_warnings(action="ignore"):  # peft warns of several adapters: here one is on at a time
         for digest, file in loras.items():
             pipe.load_lora_weights(file.parent, weight_name=file.name, adapter_name=digest)
     place(pipe, args)
@@ -312,9 +312,9 @@ def sample_round(prompts, parts, loras, args):
         sample_set(lambda: pipe, embeds, job.folder, job.noise, job.prompts, count, job.args, **job.made_by)
 
 def keep(folder, key, files, make):
-    """What make() gave for these files the last time, kept in folder/scores.json, else what it gives now."""
+    """make()'s result for these files, from folder/scores.json if it is there, else made now and kept."""
     path, kept = folder / "scores.json", {}
-    with contextlib.suppress(OSError, ValueError, TypeError):  # not there, or cut short: it is asked again
+    with contextlib.suppress(OSError, ValueError, TypeError):  # not there, or cut short: make again
         kept = dict(json.loads(path.read_text()))
     seen = [(os.path.relpath(f, folder), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     stamp = zlib.crc32(str(seen).encode())
@@ -326,6 +326,8 @@ def keep(folder, key, files, make):
 def compute(load, files, asked):
     """A network's answers about pictures, or their features, (N, parts); NaN for one that cannot be read."""
     network, found = load(), []
+    if isinstance(network, metrics.NotAvailable):
+        raise network
     for first in range(0, len(files), 50):  # 10,000 pictures do not fit into memory
         images = [open_or_none(file) for file in files[first:first + 50]]
         said = network([image or BLANK for image in images], asked[first:first + 50])
@@ -348,23 +350,17 @@ def change(before, other, masks_of):
     return metrics.locality(old, new, masks_of(tuple(before.files))).tolist()
 
 def distance(before, other, load):
-    """Frechet distance of the features of two sets of pictures: a figure, n is how many could be read in
-    both, so that what the jackknife leaves out has the same prompts on either side."""
+    """Frechet distance of two sets' features, a dict(value, low, high, n). A picture that cannot be read is
+    left out of both sets: the jackknife then leaves out the same prompts on either side."""
     sets = np.stack([compute(load, job.files, job.files) for job in (before, other)])  # (2, N, features)
     return metrics.frechet_summary(*sets[:, ~np.isnan(sets).any((0, 2))])
 
-def once(load):
-    """load(), the first time only: what it gave, or the reason why it cannot, is kept."""
-    kept = Future()
-
-    def get():
-        if not kept.done():
-            try:
-                kept.set_result(load())
-            except metrics.NotAvailable as error:
-                kept.set_exception(error)
-        return kept.result()
-    return get
+def tried(load):
+    """load()'s network, or the reason why there is none."""
+    try:
+        return load()
+    except metrics.NotAvailable as error:
+        return error
 
 def answers(row, column, when, jobs, key, load):
     """A column's answers under one condition: one a picture (N,), or one figure for a set, or None."""
@@ -374,7 +370,7 @@ def answers(row, column, when, jobs, key, load):
     mine = [jobs[row["name"], name, when] for name in column["sets"]]
     if tell := dict(distance=distance, locality=change).get(column["metric"]):
         if when == "before":
-            return None  # they tell two sets apart
+            return None  # these two compare a set with "before"
         found = keep(mine[0].folder, f"{key}, from {before.folder}", before.files + mine[0].files,
                      lambda: tell(before, *mine, load))
         lost = np.isnan(found).any(1) if tell is change else [found["n"] < before.n] * before.n
@@ -383,15 +379,15 @@ def answers(row, column, when, jobs, key, load):
         if tell is distance:
             return found
         if np.isnan(found).all():
-            raise metrics.NotAvailable("no picture before has a mask, lower --threshold; a style has one in "
-                                       "frames only")
+            raise metrics.NotAvailable("no picture before has a mask, lower --threshold; a style has one "
+                                       "only where it is framed")
         return np.array(found)[:, column["part"]]
     found = [score(job, asked, key, load) for job, asked in zip(mine, column["asked"])]  # each (N, parts)
     return np.concatenate([f.max(1) if column["part"] is None else f[:, column["part"]] for f in found])
 
 def score_all(rows, jobs, concepts, words, args):
-    """Each column gets its network, and its answers before, after and again, or why it is unavailable -> the
-    matrices. Metrics are the outer loop, so that one network is loaded at a time."""
+    """Add to each column its network, and its answers "before", "after" and "again" or why there are none ->
+    make_matrices's. Metrics are the outer loop, so that one network is loaded at a time."""
     matrices = []
 
     @functools.lru_cache(1)  # for every LoRA, and for the noise floor
@@ -402,9 +398,10 @@ def score_all(rows, jobs, concepts, words, args):
 
     asked = {column["metric"] for row in rows for column in row["columns"]}
     for metric, (name, load) in metric_table(args, words).items():
-        if metric not in asked:  # the hub is asked of its network's revision, too
+        if metric not in asked:  # name() may ask the hub
             continue
-        network, load = name and name(), once(load) if load else masks_of
+        network = name and name()
+        load = functools.cache(functools.partial(tried, load)) if load else masks_of  # loaded, or not, once
         for row in rows:
             concept = concepts[row["asked"]]
             if metric == "locality":
@@ -437,7 +434,7 @@ def make_matrices(row, jobs, key, load, seed):
                    n=n, named=list(map(" / ".join, named)), percent=percent)
 
 def make_cell(row, column, args):
-    """One figure of the report; report.py says what is in it."""
+    """A column's figures for one LoRA, as report.json has them: FIGURES are dict(value, low, high, n)."""
     own = [row["sets"].get(name, {}).get("seeds") for name in column["sets"]]  # none: not available
     seeds = {"own" if some else str(args.seed) for some in own}
     kind, before, after, again = column["kind"], *(column.get(when) for when in ("before", "after", "again"))
@@ -448,7 +445,7 @@ def make_cell(row, column, args):
     published = all(row["sets"].get(name, {}).get("published", True) for name in column["sets"])
     if Path(args.model).name == "FLUX.1-dev" and not args.limit and row["digest"] and published:
         called, forgotten = row["folder"].resolve().name, " + ".join(row["forgotten"])
-        names = [forgotten] * (not args.compare or called == "INPO")  # other rows are no INPO, but a variant
+        names = [forgotten] * (not args.compare or called == "INPO")  # else a variant
         if column["suite"] in ("table4", "table5") and forgotten == "nudity":
             names.insert(0, called)  # "no mask", say
         printed = (PAPER.get((column["suite"], name, column["column"])) for name in names)
@@ -457,7 +454,7 @@ def make_cell(row, column, args):
         return cell
     if column["metric"] == "distance":
         return cell | dict(after=after, floor=again, of=row["sets"][column["sets"][0]]["n"])
-    if before is not None:  # sums, above all, are of the pictures that can be read on either side
+    if before is not None:  # only pictures that can be read on both sides count: else sums would differ
         lost = np.isnan(before) | np.isnan(after)
         before, after = (np.where(lost, np.nan, found) for found in (before, after))
         cell |= dict(before=metrics.summary(before, kind), difference=metrics.paired(before, after, kind))
@@ -484,7 +481,7 @@ def make_grids(rows, jobs, concepts, args):
             if not columns or (same := one.get("shared", name)) in seen:
                 continue  # a part of a set begins like the whole
             seen.add(same)
-            nsfw = "nsfw" in (concepts[name]["task"] for name in row["forgotten"])
+            nsfw = "nsfw" in (concepts[concept]["task"] for concept in row["forgotten"])
             unsafe = any(c["metric"] == "harm" or nsfw and c["metric"] == "judge" and c["better"] == "lower"
                          for c in columns)
             shown = [("before", jobs[row["name"], name, "before"])]
@@ -498,7 +495,7 @@ def make_grids(rows, jobs, concepts, args):
                        rows=[dict(label=label, files=list(map(str, job.files[:8]))) for label, job in shown])
 
 def read_run(row):
-    """A run's curve and cost by its own log, as far as they are beside the LoRA."""
+    """A run's curve and cost, from the log.csv and stages.csv beside the LoRA; None without them."""
     curve = cost = None
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # not there, or not ours
         log = list(csv.DictReader((row["folder"] / "log.csv").read_text("utf-8").splitlines()))
@@ -508,14 +505,14 @@ def read_run(row):
         stages = [line.split(",") for line in lines if line.count(",") == 4 and line[:8] != "evaluate"]
         seconds, host, gpu, drawn = np.array([line[1:] for line in stages], float).T
         steps, forwards = (sum(float(line[key]) for line in log) for key in ("seconds", "forwards"))
-        stage_of_steps = sum(seconds[[line[0] == "train" for line in stages]])  # less what a kill cut off
+        stage_of_steps = sum(seconds[[line[0] == "train" for line in stages]])  # a killed stage has no line
         cost = dict(row=row["name"], seconds=sum(seconds) + max(0, steps - stage_of_steps),
                     peak_gib=max(gpu) or max(host), forwards=sum(drawn) + forwards)
     return curve, cost
 
 def write_list(jobs, args):
-    """--list: which pictures a LoRA, or what draws them elsewhere, has to draw; a part of a set has the
-    files of the whole."""
+    """--list: the pictures that a LoRA, or whatever draws them elsewhere, has to draw; a file that a part of
+    a set shares with the whole only once."""
     lines = {}
     for job in [job for (_, _, when), job in jobs.items() if when == "after"]:
         for file, seed, prompt in zip(job.files, seeds_of(job), cycled(job.prompts, job.n)):
@@ -554,7 +551,7 @@ def main(args):
     loras = {row["digest"]: row["file"] for row in rows if row["digest"]}  # the same one only once
     check_loras(loras, args)
     check_folder("report", folder)
-    if not (Path(args.model) / "clip").is_dir():  # these judge photographs; a model with a judge brings none
+    if not (Path(args.model) / "clip").is_dir():  # for photographs; a model with a judge brings none
         args.image_reward = args.image_reward or "THUDM/ImageReward"
         args.pick_score = args.pick_score or "yuvalkirstain/PickScore_v1"
     given = dict(pair.partition("=")[::2] for pair in args.prompt_set)
@@ -589,14 +586,14 @@ def main(args):
     missing = [key for key, job in jobs.items() if not all(file.exists() for file in job.files)]
     missing, = broadcast_object_list([missing])  # another run may draw some in between
     largest_last = sorted([jobs[key] for key in missing], key=lambda job: job.n)
-    todo = {job.folder: job for job in largest_last}  # not a part, but the whole
+    todo = {job.folder: job for job in largest_last}  # of a folder's jobs the largest
     if todo:
         check_plan(args)
     with stage("evaluate: sample", args.out):
         for prompts, parts in in_rounds(todo.values(), args.sample_batch):
             sample_round(prompts, parts, loras, args)
             free_memory()
-    if not PartialState().is_main_process:  # of accelerate launch, which shares the sampling
+    if not PartialState().is_main_process:  # under accelerate launch: it only helped to draw
         return
     with stage("evaluate: score", args.out):
         matrices = score_all(rows, jobs, concepts, words, args)
@@ -647,7 +644,7 @@ def show(report, folder):
         title = f"\n## {row['name']}, {', '.join(report['suites'])}, seed {report['seed']}"
         if card.exists() and (card.parent / WEIGHTS).exists() and not report["limit"]:
             text = re.sub(rf"{re.escape(title)}\n\n(\|.*\n)*", "", card.read_text("utf-8"))
-            write_text(card, f"{text}{title}\n\n{table}")  # no word of the user's is lost
+            write_text(card, f"{text}{title}\n\n{table}")  # what the user wrote there stays
     grids = [(grid, row) for grid in report["grids"] if not grid["blurred"] for row in grid["rows"]]
     images = [open_or_none(file) or BLANK for _, row in grids for file in cycled(row["files"], 8)]
     (folder / "evaluation.png").unlink(missing_ok=True)  # an earlier report's

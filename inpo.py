@@ -2,9 +2,9 @@
 
 Shapes: B images, C latent channels, H x W cells. FLUX packs 2 x 2 cells into a token: L = HW/4, D = 4C.
 (B, ...) is (B, C, H, W) or (B, L, D). S is a score, in squared units of the prediction; dS = S_theta - S_ref
-is > 0 once the model has begun to forget. A ValueError names the argument: its shape, a NaN, a number <= 0.
-Deviation: the paper's S is an expectation over t, inside gate and log. A step draws one (t, eps), the same
-for theta and ref, and the caller averages losses over samples and steps: the expectation stands outside."""
+is > 0 once the model has begun to forget. A bad shape, a NaN or a number <= 0: ValueError, with its argument.
+Deviation: the paper's S is an expectation over t, inside gate and log. Here a step draws one (t, eps), the
+same for theta and ref, and the caller averages losses over samples and steps: the expectation is outside."""
 import argparse
 import signal
 import sys
@@ -24,11 +24,11 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
 def _check(conditions, **positive):
-    """ValueError for the first {message: bool or bool tensor} that is false, or number not in (0, inf)."""
+    """ValueError with the first message of {message: bool or bool tensor} that is false; positive: > 0."""
     conditions |= {f"{name} must be finite and > 0": 0 < x < inf for name, x in positive.items()}
     device = next((c.device for c in conditions.values() if torch.is_tensor(c)), "cpu")
     good = torch.stack([torch.as_tensor(c, device=device).all() for c in conditions.values()]).tolist()
-    if not all(good):  # read at one CPU-GPU sync point, however many the conditions
+    if not all(good):  # one copy from the GPU for all conditions: each would make it wait
         raise ValueError(list(conditions)[good.index(False)])
 
 def _scale(beta, prefactor, **positive):
@@ -47,9 +47,9 @@ def score(prediction, target, mask=None, w=1.0, reduction="mask"):
     """Prediction and target (B, ...) -> S (B,), their squared error in the mask (Eq. 2, 8, 11), >= 32 bits.
     mask: bool or in [0, 1], (B, ...) or one channel, (B, 1, H, W) or (B, L, 1); None is all ones.
     w: w(t), a number or (B,). S is in units of the prediction, for FLUX the velocity v = eps - x. Eq. 8 has
-       noises, and eps - eps_hat = (1 - sigma)(v - v_hat): w = 1 here is w(t) = (1 - sigma)^-2 there.
-    reduction: "mask", the mean over mask and channels: only so has tau = 0.1 one meaning for large and small
-       objects; "latent", the mean over all elements; "sum", the norm as printed."""
+       noise, and eps - eps_hat = (1 - sigma)(v - v_hat): w = 1 here is w(t) = (1 - sigma)^-2 there.
+    reduction: "mask", the mean over mask and channels: only then does tau = 0.1 mean the same for any size
+       of object; "latent", the mean over all elements; "sum", the norm as printed."""
     shape = prediction.shape
     one_channel = (*shape[:-1], 1) if len(shape) == 3 else (*shape[:1], 1, *shape[2:])
     mask = torch.ones_like(prediction) if mask is None else mask  # (B, ...) or one channel
@@ -75,7 +75,7 @@ def gradient_ascent(S):
     return -S  # (B,)  Eq. 4, 5
 
 def npo_loss(log_ratio, beta=1.0, prefactor="2beta"):
-    """log(pi_theta / pi_ref) (B,) -> NPO (B,) (Eq. 7), times 2 beta, or "2/beta" as in NPO's own code."""
+    """log(pi_theta / pi_ref) (B,) -> NPO (B,) (Eq. 7), times 2 beta, or 2 / beta as in NPO's own code."""
     _check({"log_ratio must be finite, (B,)": log_ratio.isfinite() & (log_ratio.ndim == 1)})
     return _scale(beta, prefactor) * -F.logsigmoid(-beta * log_ratio)  # (B,)  Eq. 7
 
@@ -86,7 +86,7 @@ def gate(dS, gamma=3.0, tau=0.1):
     return torch.sigmoid(-gamma * (dS - tau))  # (B,)  Eq. 14
 
 def inpo_loss(dS, eta=1.0, gamma=3.0, tau=0.1, beta=1.0, prefactor="2beta", detach_gate=False):
-    """dS (B,) -> INPO (B,) (Eq. 15). eta is independent of beta, which only scales; lambda is eta / beta.
+    """dS (B,) -> INPO (B,) (Eq. 15). beta only scales it: eta is independent of it; lambda is eta / beta.
     detach_gate: no gradient through alpha, unlike Eq. 18; at dS = 0 the push is 2.8 times weaker."""
     _check({}, eta=eta, beta=beta)
     alpha = gate(dS, gamma, tau).detach() if detach_gate else gate(dS, gamma, tau)  # (B,)
@@ -94,7 +94,7 @@ def inpo_loss(dS, eta=1.0, gamma=3.0, tau=0.1, beta=1.0, prefactor="2beta", deta
     return alpha * npo_loss(log_ratio, beta, prefactor)  # (B,)  Eq. 13, 15, 17
 
 def prior_loss(prediction, reference):
-    """Prediction, reference (B, ...) -> mean squared difference (B,) (Eq. 16): lambda_prior's scale."""
+    """Prediction, reference (B, ...) -> mean squared difference (B,) (Eq. 16); a sum needs another lambda."""
     return score(prediction, reference, reduction="latent")  # (B,)  Eq. 16
 
 def inpo_derivative(dS, eta=1.0, gamma=3.0, tau=0.1, beta=1.0, prefactor="2beta", detach_gate=False):
@@ -105,7 +105,7 @@ def inpo_derivative(dS, eta=1.0, gamma=3.0, tau=0.1, beta=1.0, prefactor="2beta"
     return _scale(beta, prefactor, eta=eta) * (by_gate + by_log)  # (B,)  Eq. 18, 19
 
 def gradient_bound(eta, gamma, beta=1.0):
-    """Bound on |inpo_derivative| if dS >= 0 (Eq. 20). Below, log(1 + exp(-eta dS)) > log 2: it can fail."""
+    """Bound on |inpo_derivative| if dS >= 0 (Eq. 20); below 0, log(1 + exp(-eta dS)) > log 2: it can fail."""
     return _scale(beta, "2beta", eta=eta, gamma=gamma) * (gamma * log(2) / 4 + eta)  # Eq. 20
 
 def mask_to_latents(mask, height, width):

@@ -2,8 +2,8 @@
 
 The page is one file without network or script, in light and dark; wide tables scroll in a box of their own,
 pictures of unsafe content are blurred until clicked. Beside each difference is the seed noise: the same
-difference between the base model and itself under another seed. A difference no larger than that, or than
-an end of its interval, is grey.
+difference between the base model and itself with another seed. A difference no larger than the seed noise or
+the ends of its interval is grey.
 """
 import base64
 import contextlib
@@ -25,9 +25,9 @@ TITLES = dict(concept="Our own figures", table1="Table 1: objects, characters, s
               table4="Table 4: ablation", table5="Table 5: hyperparameters",
               table7="Table 7: the other CIFAR-10 classes", table8="Table 8: ten concepts at once",
               table12="Table 12: rephrased prompts")
-# {(suite, row, column): dict(before, after)}: of the original model and of INPO, None where the paper has no
-# figure. ACC and "rephrased" are percent, Tables 2 to 5 counts; on what prompts Tables 5, 7 and 8 have their
-# CLIP scores, it does not say
+# The paper's figures, {(suite, row, column): dict(before, after)}: of the base model and of INPO, None if it
+# has none. ACC and "rephrased" are percent, Tables 2 to 5 counts. The paper does not say which prompts the
+# CLIP scores of Tables 5, 7 and 8 are for
 with open(ROOT / "docs" / "paper.csv", encoding="utf-8", newline="") as lines:
     PAPER = {(line["suite"], line["row"], line["column"]): {
         when: float(line[when]) if line[when] else None for when in ("before", "after")}
@@ -64,20 +64,20 @@ def csv_text(report):
     return file.getvalue()
 
 def of(entries, **given):
-    """Those that have the given values."""
+    """The entries (dicts) that have the given values: of(cells, suite="table1")."""
     return [entry for entry in entries if all(entry[k] == v for k, v in given.items())]
 
 def value_of(cell, which, key="value"):
-    """A cell's figure, or None: it is not available, or is a change already, with nothing before it."""
+    """A part of a cell's figure (one of FIGURES), or None if the cell does not have that figure."""
     return (cell.get(which) or {}).get(key)
 
 def n_of(cell):
-    """Of how many pictures its figures are, as text: before's, too, where some could not be read."""
+    """How many pictures a cell's figures are of, as text: "40 → 99" where before and after differ."""
     counts = [n for which in ("before", "after") if (n := value_of(cell, which, "n")) is not None]
     return " → ".join(map(str, dict.fromkeys(counts)))
 
 def decimals(cells):
-    """As many as a column's narrowest interval bears: two digits of its width, or value; a count none."""
+    """Decimals of a column: two digits of its narrowest interval, else three of its least value; counts 0."""
     figures = [cell.get(which) or {} for cell in cells for which in ("before", "after")]
     if cells and cells[0]["unit"] != "%" and all((f.get("value") or 0) % 1 == 0 for f in figures):
         return 0
@@ -90,30 +90,30 @@ def number(value, digits, sign=""):
     return "–" if value is None else f"{value:{sign}z.{digits}f}".replace("-", "−")
 
 def interval(figure, digits):
-    """[low, high], or nothing where pictures are too few for one."""
+    """[low, high], or "" if there were too few pictures for an interval."""
     ends = [figure.get(key) for key in ("low", "high")]
     return "" if None in ends else f"[{', '.join(number(end, digits) for end in ends)}]"
 
 def within_noise(cell):
-    """Is the difference no larger than what another seed alone makes of the base model, or than an end of
-    that figure's interval? None: not known."""
+    """Is the difference no larger than the seed noise, or than an end of the seed noise's interval? None: not
+    known."""
     floor, value = cell.get("floor") or {}, value_of(cell, "difference")
     reach = [abs(floor[key]) for key in ("value", "low", "high") if floor.get(key) is not None]
     return abs(value) <= max(reach) if reach and value is not None else None
 
 def is_best(report, cell):
-    """Does the paired interval against each other row lie on this row's side of zero? A missing one: no."""
+    """Is this row better than each other one by a paired interval without zero? If one is missing: no."""
     key = dict(suite=cell["suite"], column=cell["column"])
     rows = [c["row"] for c in of(report["cells"], **key) if value_of(c, "after") is not None]
     side = dict(lower=-1, higher=1).get(cell["better"], 0)
     won = 0
     for pair in of(report["against"], **key):
-        sign = side * ((pair["row"] == cell["row"]) - (pair["other"] == cell["row"]))  # 0: of two others
+        sign = side * ((pair["row"] == cell["row"]) - (pair["other"] == cell["row"]))  # 0: not about this row
         won += all(sign * (pair["difference"][end] or 0) > 0 for end in ("low", "high"))
     return won > 0 and won == len(rows) - 1
 
 def sentence(report, suite):
-    """A suite in one sentence: its total, or else its first figure that should fall; what does not stay."""
+    """A suite in a sentence: the total (else the first) of what should fall; what should stay but fell."""
     cells = [c for c in of(report["cells"], suite=suite) if value_of(c, "after") is not None]
     said, columns = [], [c["column"] for c in cells if c["better"] == "lower"]
     if columns:
@@ -122,15 +122,12 @@ def sentence(report, suite):
         digits, unit = decimals(fall), f" {fall[0]['unit'] or ''}".rstrip()
         first, last = ([value_of(c, which) for c in fall] for which in ("before", "after"))
         several = len(fall) > 1 and not report["compare"]
-        fine = max(digits, 1) if several else digits  # the mean of two counts is no count
+        fine = max(digits, 1) if several else digits  # a mean of counts has decimals
         mean = [number(None if None in some else sum(some) / len(fall), fine) for some in (first, last)]
         each = [f"{number(value, digits)}{unit} with {c['row']}" for value, c in zip(last, fall)]
-        if report["compare"]:
-            mean[1] = ", ".join(each)
-        else:
-            mean[1] += unit
-            mean[1] += f" on average of {len(fall)}, most {each[last.index(max(last))]}" * several
-        said.append(f"{fall[0]['column']} {' → '.join(mean)}")
+        worst = f" on average of {len(fall)}, most {each[last.index(max(last))]}" * several
+        now = ", ".join(each) if report["compare"] else mean[1] + unit + worst
+        said.append(f"{total} {mean[0]} → {now}")
     stay = [c for c in cells if c["better"] == "higher" and within_noise(c) is not None]
     lost = [f"{c['row']}: {c['column']}" for c in stay
             if (c["difference"]["high"] or 0) < 0 and not within_noise(c)]
@@ -144,7 +141,7 @@ def small(text, before=""):
     return f"<small>{before}{text}</small>" if text else ""
 
 def table(label, head, rows, kind=""):
-    """Marked-up heads, and (name, its <td>s) a row -> a table in a box that scrolls by itself."""
+    """HTML column heads, and rows of (HTML name, HTML <td>s) -> a table in a box that scrolls by itself."""
     head = "".join(f'<th scope="col">{text}</th>' for text in head)
     body = "".join(f'<tr><th scope="row">{name}</th>{cells}</tr>\n' for name, cells in rows)
     return (f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(label)}">'
@@ -162,7 +159,7 @@ def figures_html(report, cell, digits):
     least = min([figure["n"] for figure in (before, after) if figure], default=0)
     few = least < cell.get("of", 0) and f"only {least} of {cell['of']} pictures"
     paper = " → ".join(f"{x:g}" for x in (cell.get("paper") or {}).values() if x is not None)
-    sign = "+" if change else ""  # what tells two sets apart has none
+    sign = "+" if change else ""  # a distance has no sign
     noise = floor and f"seed noise {number(floor['value'], digits, sign)} {interval(floor, digits)}"
     return (f"<td>{shown}{small(ranges)}{small(few)}{small(paper, 'the paper: ')}</td>"
             f'<td class="{"within" if grey else ""}">{number(change.get("value"), digits, "+")}'
@@ -176,13 +173,13 @@ def suite_html(report, suite):
         mine = of(cells, column=column)
         digits[column] = decimals(mine)
         unit = escape(f", {mine[0]['unit']}" if mine[0]["unit"] else "")
-        better = {c["better"] for c in mine}  # where COCO names what one of them forgets, not of all the same
+        better = {c["better"] for c in mine}  # rows differ where prompts name what one LoRA forgets
         arrow = dict(lower=" ↓", higher=" ↑").get(better.pop(), "") if len(better) == 1 else ""
         head += [f"<b>{escape(column)}</b>{unit}{arrow}<small>before → after</small>",
                  "&nbsp;<small>difference</small>"]
-        by = dict.fromkeys(f"{c['network']}, set {c['set']}, seed {c['seed']}, n = {n_of(c)}"
-                           for c in mine if value_of(c, "after") is not None)
-        notes += f"<li>{escape(column)}: {escape('; '.join(by))}</li>" if by else ""
+        sources = dict.fromkeys(f"{c['network']}, set {c['set']}, seed {c['seed']}, n = {n_of(c)}"
+                                for c in mine if value_of(c, "after") is not None)
+        notes += f"<li>{escape(column)}: {escape('; '.join(sources))}</li>" if sources else ""
     for row in report["rows"]:
         found = {c["column"]: figures_html(report, c, digits[c["column"]])
                  for c in of(cells, row=row["name"])}
@@ -194,7 +191,7 @@ def suite_html(report, suite):
         shown[pair["column"]] = f"<td>{number(d['value'], size, '+')} {interval(d, size)}</td>"
     against = [(name, "".join(shown.get(c, "<td>–</td>") for c in digits)) for name, shown in pairs.items()]
     floors = {c["column"]: number(c["floor"]["value"], digits[c["column"]], "+" if c["difference"] else "")
-              for c in cells if c["floor"]}  # of the one base, the same for all rows
+              for c in cells if c["floor"]}  # the base's: the same in all rows
     titles = [escape(c) + small(c in floors and f"seed noise {floors[c]}") for c in digits]
     notes = f'<details class="note"><summary>Networks, sets, seeds, n</summary><ul>{notes}</ul></details>'
     return (table(TITLES.get(suite, suite), head, rows) + notes +
@@ -226,7 +223,7 @@ def grid_html(grid):
             f"<ul>{''.join(f'<li>{prompt}</li>' for prompt in prompts)}</ul></details></figure>\n")
 
 def heat_html(matrix):
-    """A row: of what the pictures were asked for; a column: what the judge was asked about. A cell's title is
+    """Rows: what the pictures were asked to show; columns: what the judge was asked about. A cell's tooltip:
     its interval."""
     def cell(share, n):
         if share is None:  # none of them could be read
@@ -241,7 +238,7 @@ def heat_html(matrix):
                  [escape(matrix["when"]), *map(escape, matrix["named"])], rows, "heat")
 
 def chart(label, steps, values, low, high):
-    """One curve as an SVG; beside the axes their ends."""
+    """One curve as an SVG, its axes labelled at their ends."""
     width, height = (steps[-1] - steps[0]) or 1, (high - low) or 1
     points = " ".join(f"{44 + 280 * (x - steps[0]) / width:.1f},{130 - 110 * (y - low) / height:.1f}"
                       for x, y in zip(steps, values))
@@ -264,7 +261,7 @@ def html_text(report):
                    chart("alpha", c["step"], c["alpha"], 0, 1) + "</div>")
     cost = [(escape(c["row"]), "".join(f"<td>{number(c.get(key), digits)}</td>" for key, digits in (
         ("seconds", 0), ("peak_gib", 2), ("forwards", 0))) if "forwards" in c else
-        '<td colspan="3" class="none">not available: its log.csv and stages.csv do not lie beside it</td>')
+        '<td colspan="3" class="none">not available: its log.csv or stages.csv is not beside it</td>')
         for c in report["cost"]]
     words = [(escape(name), f"<td>{sum(found.values())}</td><td>" +
               escape(", ".join(f"{word} {count}" for word, count in found.items())) + "</td>")
@@ -274,8 +271,8 @@ def html_text(report):
     sections = [(TITLES.get(suite, suite), suite_html(report, suite)) for suite in report["suites"]] + [
         ("Before and after", "".join(map(grid_html, report["grids"]))),
         ("What became of each concept", heats and '<p class="note">Percent of "yes": a row is what the model '
-         f"was asked for, a column what the judge was asked about ({escape('; '.join(judges))}). The pointer "
-        f"over a cell shows its interval.</p>{heats}"),
+         f"was asked for, a column what the judge was asked about ({escape('; '.join(judges))}). Hover "
+         f"over a cell to see its interval.</p>{heats}"),
         ("Training", curves),
         ("Cost", cost and table("Cost", ["LoRA", "seconds", "peak, GiB", "forward passes"], cost)),
         ("Prompts dropped before anything was drawn", words and table(
@@ -299,4 +296,4 @@ def html_text(report):
             f"interval, is grey.{bold}</p>\n" +
             "".join(f'<section id="{key}"><h2>{escape(head)}</h2>\n{text}</section>\n'
                     for key, head, text in sections) + "</main></body></html>\n")
-    return re.sub(r"(?=</h[1-3]>)", lambda _: mark, page)  # names are escaped: these are the page's headings
+    return re.sub(r"(?=</h[1-3]>)", lambda _: mark, page)  # names are escaped: only our own headings match
