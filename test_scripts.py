@@ -752,7 +752,9 @@ def test_sample_and_mask_leave_the_models_folder_as_it_is(tmp_path):
 
     there = files_of_the_model()
     sample.main(sample.arguments(given + few))
-    mask.main(mask.arguments(given + ["--min-found", "0"]))
+    for _ in range(2):  # at the second time masks lie among the images
+        mask.main(mask.arguments(given + ["--min-found", "0"]))
+    assert len([*(tmp_path / "forget" / "cat").glob("*.mask.png")]) == 2
     assert (tmp_path / "forget/cat/001.mask.png").exists() and (tmp_path / "masks-cat.png").exists()
     assert files_of_the_model() == there
 
@@ -962,6 +964,7 @@ def test_training_leaves_what_it_promises(trained, tmp_path, capsys):
     with open(trained / "log.csv", newline="") as file:
         log = list(csv.DictReader(file))
     assert len(log) == 12 and {row["d_lr"] for row in log} == {"0.001"}  # AdamW's
+    assert {len(row[key].split()) for row in log for key in ("dS_each", "sigma_each")} == {2}
     assert {row["forwards"] for row in log} == {"12"}  # 2 + 2 images x reference, forward, backward
     assert {step.name for step in trained.glob("step-*")} == {"step-6", "step-12"}
     assert not list(trained.rglob("*.tmp"))
@@ -1562,6 +1565,21 @@ def test_each_concept_has_its_images_and_its_preset(tmp_path, monkeypatch):
     assert seen == [(0, 1), (9, 3)]
 
 
+def test_loss_of_ones_own_may_log_a_number_and_begin_to_in_a_resumed_run(tmp_path, monkeypatch):
+    loop(tmp_path, (0,), ({},), steps=1, checkpoint_every=1)
+    whole = train.iteration
+
+    def own(*given):
+        loss, info = whole(*given)
+        return loss, info | dict(mine=loss.detach())
+
+    monkeypatch.setattr(train, "iteration", own)
+    loop(tmp_path, (0,), ({},), steps=2, checkpoint_every=1)
+    with open(tmp_path / "log.csv", newline="") as file:
+        first, second = csv.DictReader(file)
+    assert first["mine"] == "" and second["mine"] == second["loss"]
+
+
 def test_split_step_has_the_same_gradient_in_the_loop(tmp_path):
     norms = [loop(tmp_path / str(n), (0,), ({},), accumulate=n, steps=1)[0]["grad_norm"] for n in (1, 2)]
     assert norms[1] == pytest.approx(norms[0], rel=1e-3)
@@ -1601,10 +1619,11 @@ def test_never_two_large_models_at_once(trained, tmp_path, monkeypatch):
         gc.collect()
         return weakref.WeakSet(thing for thing in gc.get_objects() if type(thing).__name__ in large)
 
-    already, seen = alive(), []  # what other tests have left
+    already, seen, takes = alive(), [], []  # what other tests have left
     for name in ("sample_all", "make_masks", "encode_images", "train"):
         def watched(*given, name=name, whole=getattr(train, name), **more):
             seen.append((name, {type(network).__name__ for network in alive() - already}))
+            takes.append(given)
             return whole(*given, **more)
         monkeypatch.setattr(train, name, watched)
     run_train(drawn_cats(tmp_path / "cat"), "--n-preserve", "1", "--steps", "2")
@@ -1612,6 +1631,7 @@ def test_never_two_large_models_at_once(trained, tmp_path, monkeypatch):
     assert networks["sample_all"] == networks["make_masks"] == set()
     assert networks["encode_images"] == {"AutoencoderKL"}
     assert networks["train"] <= {"FluxTransformer2DModel", "AutoencoderKL"}  # of one pipeline
+    assert takes[-1][4][0].lr == 1e-3 and takes[-1][4][0].eta == 1.0  # a preset has all that a loss may ask
 
 
 def test_training_takes_the_kept_masks_their_prompts_and_mask_full(trained, tmp_path, monkeypatch):
@@ -1666,7 +1686,7 @@ def test_card_names_the_licence_and_the_last_steps_means(tmp_path):
         text = (tmp_path / "README.md").read_text()
         assert "averaged: 2): dS 18.50" in text and "gate 0.2500" in text
         assert f"base_model: black-forest-labs/{model}\nlicense: {licence}\n" in text
-        assert "trained by INPO" in text
+        assert "trained by INPO" in text and "its base model" not in text.split("---\n")[1]
         for said in ("license_name: flux-1-dev-non-commercial-license\nlicense_link: https://", "granted by",
                      "This LoRA modifies the FLUX.1 [dev] Model", "> The FLUX.1 [dev] Model is licensed by"):
             assert (said in text) == (model == "FLUX.1-dev")
@@ -1928,13 +1948,16 @@ def test_identity_lora_changes_no_figure_at_all(copied, tmp_path):
     assert {c["seed"] for c in report["cells"] if c["suite"] == "table2"} == {"own"}  # those of its csv files
 
 
-def test_several_loras_of_one_concept_are_compared_in_pairs(copied, tmp_path):
+def test_several_loras_of_one_concept_are_compared_in_pairs(copied, tmp_path, monkeypatch):
+    loaded, load = [], evaluate.metrics.load_clip_score
+    monkeypatch.setattr(evaluate.metrics, "load_clip_score", lambda *a: loaded.append(a) or load(*a))
     runs = [str(copied / "run"), str(copied / "run" / "step-6")]  # a step takes its concept from its run
     report = evaluation(None, copied / "base", "--suite", "table1", "--compare", *runs)
     assert [row["name"] for row in report["rows"]] == ["run", "step-6"]
     before = [[c["before"] for c in report["cells"] if c["row"] == name] for name in ("run", "step-6")]
     assert before[0] == before[1]
     values = {(c["row"], c["column"]): c["after"]["value"] for c in report["cells"]}
+    assert len(loaded) == 1  # for all columns and LoRAs
     assert {e["column"] for e in report["against"]} == {c["column"] for c in report["cells"]}
     for entry in report["against"]:
         if not entry["column"].startswith("pixels"):
