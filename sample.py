@@ -51,8 +51,8 @@ def number(kind=float, least=0.0, strict=True, most=3.4e38):
     def parse(text):
         value = kind(text)
         if not least <= value <= most or (strict and value == least):
-            above = ">" if strict else ">="
-            raise argparse.ArgumentTypeError(f"{text} is not {above} {least:g} and <= {most}")
+            bounds = f"{'>' if strict else '>='} {least:g}" + f" and <= {most:g}" * (value > most)
+            raise argparse.ArgumentTypeError(f"{text} is not {bounds}")
         return value
     parse.__name__ = kind.__name__  # argparse then says "invalid float value: 'x'"
     return parse

@@ -187,7 +187,8 @@ def test_help_answers_at_once(script):
 
 
 @pytest.mark.parametrize("given, named", [
-    ("--eta 0", "--eta"), ("--gamma -1", "--gamma"), ("--beta nan", "--beta"), ("--lr inf", "--lr"),
+    ("--eta 0", "--eta: 0 is not > 0"), ("--gamma -1", "--gamma"), ("--beta nan", "--beta"),
+    ("--lr inf", "--lr"),
     ("--tau nan", "--tau"), ("--steps 0", "--steps"), ("--batch 0", "--batch"), ("--rank 0", "--rank"),
     ("--size 60", "--size"), ("--accumulate 3", "--accumulate"), ("--model docs", "FluxPipeline"),
     ("--concept kat", "wolf, zebra; for another write"),
@@ -198,7 +199,8 @@ def test_help_answers_at_once(script):
     ("--sample-guidance -1", "--sample-guidance"), ("--n-preserve 0", "--n-preserve"),
     ("--images docs", "--task and --preserve"), ("--task style", "--task, --caption"),
     ("--d0 0", "--d0"), ("--save-every 0", "--save-every"), ("--seed 5000000000", "--seed"),
-    ("--threshold 5", "--threshold"), ("--min-found 2", "--min-found"), ("--sam nosuch.pth", "--sam"),
+    ("--threshold 5", "--threshold: 5 is not >= 0 and <= 1"), ("--min-found 2", "--min-found"),
+    ("--sam nosuch.pth", "--sam"),
     ("--detector ./nosuch", "--detector"), ("--sam LICENSE", "--sam LICENSE: holds no SAM"),
     ("--sam docs", "holds no SAM"), ("--detector emoji-flux/vae", "no OWLv2"),
     ("--preserve-dir LICENSE/x", "--preserve-dir"),
