@@ -264,9 +264,10 @@ def plan_suite(suite, concept, forgotten, prompts_of, words, args):
             take(name, *own[name])
         judged(acc, "target", asked=[[concept["concept"]]])
         category = next((names for names in CATEGORIES if concept["name"] in names), [])
+        gone = {each["name"] for each in forgotten}
         known = {file.stem for file in prompts_folder(args.model).glob("*.txt")}  # a model may have its own
         others = []
-        for name in [each for each in category if each in known - {c["name"] for c in forgotten}]:
+        for name in [each for each in category if each in known - gone]:
             said = load_concept(args.model, name)["eval"]
             if kept := [prompt for prompt in said if not mentions(prompt, also)]:
                 others.append(f"other, {name}")

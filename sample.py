@@ -46,12 +46,14 @@ def die(message, code=2):
         print("\n" * (code != 2) + f"error: {' '.join(message.splitlines())}", file=sys.stderr)
     sys.exit(code)
 
-def number(kind=float, least=0.0, strict=True, most=3.4e38):
-    """An argparse type: a number > least (>= least if not strict) and <= most, float32's; never NaN."""
+def number(kind=float, least=0.0, strict=True, most=None):
+    """An argparse type: a number > least (>= least if not strict) and <= most; never NaN."""
+    most = most or {int: 2**31 - 1, float: 3.4e38}[kind]  # the largest int32 and float32
+
     def parse(text):
         value = kind(text)
         if not least <= value <= most or (strict and value == least):
-            bounds = f"{'>' if strict else '>='} {least:g}" + f" and <= {most:g}" * (value > most)
+            bounds = f"{'>' if strict else '>='} {least:g}" + f" and <= {most}" * (value > most)
             raise argparse.ArgumentTypeError(f"{text} is not {bounds}")
         return value
     parse.__name__ = kind.__name__  # argparse then says "invalid float value: 'x'"
@@ -59,7 +61,10 @@ def number(kind=float, least=0.0, strict=True, most=3.4e38):
 
 def model_flag(flag):
     """flag, here and below: the add_argument method of a parser or of one of its groups."""
-    flag("--model", type=lambda name: Path(name).as_posix(), default="black-forest-labs/FLUX.1-dev",
+    def path(name):  # . and .. need their real name: --out is named after it
+        return (Path(name) if Path(name).name.strip(".") else Path(name).resolve()).as_posix()
+
+    flag("--model", type=path, default="black-forest-labs/FLUX.1-dev",
          help="a FluxPipeline: hub id or folder (default %(default)s)")
 
 def model_flags(doc, needs_concept=True, out="default out/MODEL-CONCEPT, with -SEED where it is not 0"):
@@ -189,6 +194,8 @@ def guarded(main, args):
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
         if "inline_container" in said:  # torch.save's word for a failed write
             said = "a checkpoint cannot be written: is the disk full?"
+        if "gloo" in said and "peer" in said:
+            said = "another process has ended; its own line, if it left one, says why"
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or OUT_OF_MEMORY.search(said):
             if not {"quantize", "weights"} <= vars(args).keys():  # mask.py or bench.py, or still in setup()
                 die("out of memory; python bench.py --plan says what each stage needs", 1)
@@ -463,6 +470,8 @@ def check_plan(args):
 
 def check_folder(flag, path):
     """Refuse a path where no folder is or can be made, or that cannot be written to."""
+    if any(len(os.fsencode(part)) > 255 for part in path.parts):
+        die(f"--{flag} {path}: cannot be made, its name is too long")
     there = next(p for p in (path, *path.absolute().parents) if os.path.lexists(p))
     if not (there.is_dir() and os.access(there, os.W_OK)):
         die(f"--{flag} {path}: {there} is no folder that can be written to")
@@ -777,9 +786,10 @@ def sample_set(load, embeds, folder, concept, prompts, count, args, **made_by):
     files = [folder / row["file"] for row in rows[:count]]
     if world.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-        settings = check_set(folder, concept, prompts, count, args, **made_by)
-        if not (folder / "settings.json").exists():  # the first images' versions and commit
-            keep_settings(folder / "settings.json", settings)
+        with FileLock(folder / ".lock"):  # two runs that share it may begin at once
+            settings = check_set(folder, concept, prompts, count, args, **made_by)
+            if not (folder / "settings.json").exists():  # the first images' versions and commit
+                keep_settings(folder / "settings.json", settings)
         write_text(folder / "manifest.json", json.dumps(rows[:listed], indent=1))
     missing = [i for i in range(0, count, group) if not all(f.exists() for f in files[i:i + group])]
     missing, = broadcast_object_list([missing])  # one list for all: another run may draw some meanwhile
@@ -825,7 +835,10 @@ def plan_sets(concepts, args):
         preserve = {"": (folder / args.preserve.stem, args.preserve.stem, list(preserve), count)}
     if not preserve:
         die("--concept: nothing is left to preserve, all that the files name is to be forgotten")
-    for one in (*forget, *preserve.values()):
+    sets = (*forget, *preserve.values())
+    if len({args.out.resolve(), *(one[0].resolve() for one in sets)}) <= len(sets):
+        die(f"--preserve-dir {folder}: is or holds the place of --out or of the forget set: use another one")
+    for one in sets:
         check_set(*one, args)
     return forget, list(preserve.values())
 

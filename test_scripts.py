@@ -23,6 +23,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 import weakref
 from argparse import Namespace
@@ -36,6 +37,7 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 from diffusers.utils import convert_state_dict_to_kohya
+from filelock import FileLock
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from segment_anything import sam_model_registry
@@ -203,7 +205,8 @@ def test_help_answers_at_once(script):
     ("--sam nosuch.pth", "--sam"),
     ("--detector ./nosuch", "--detector"), ("--sam LICENSE", "--sam LICENSE: holds no SAM"),
     ("--sam docs", "holds no SAM"), ("--detector emoji-flux/vae", "no OWLv2"),
-    ("--preserve-dir LICENSE/x", "--preserve-dir"),
+    ("--preserve-dir LICENSE/x", "--preserve-dir"), (f"--out {300 * 'x'}", "cannot be made"),
+    ("--steps 99999999999999999999999", "<= 2147483647"),
     ("--lr 1e300", "--lr: 1e300 is not > 0 and <= 3.4e+38"),
     ("--concept cat --concept ghoost", "ghoost"), ("--concept a/b", "without / and"),
     ("--concept ..", "--concept ..:"),
@@ -244,6 +247,7 @@ NO_MEMORY = "error: out of memory; python bench.py --plan says"
     (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), NO_MEMORY),
     (RuntimeError("MPS backend out of memory (MPS allocated)"), NO_MEMORY),
     (OSError("No space left"), "error: No space left; what is"),
+    (RuntimeError("[third_party/gloo/pair.cc:561] Connection closed by peer"), "another process has ended"),
     (KeyError("scale"), "'scale' (KeyError, test_scripts.py:")])
 def test_whatever_goes_wrong_in_work_is_one_line(error, said):
     def work(args):
@@ -848,8 +852,10 @@ def test_lora_kept_in_the_models_folder_is_no_part_of_it(tmp_path):
 
 @pytest.mark.parametrize("given, name", [
     ("emoji-flux/", "emoji-flux"), ("./emoji-flux", "emoji-flux"), ("owner/model", "owner/model"),
-    ("black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-dev"), (EMOJI + "/", EMOJI)])
-def test_models_folder_has_a_name_however_it_is_given(given, name):
+    ("black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-dev"), (EMOJI + "/", EMOJI), (".", EMOJI),
+    ("vae/..", EMOJI)])
+def test_models_folder_has_a_name_however_it_is_given(given, name, monkeypatch):
+    monkeypatch.chdir(EMOJI)
     assert sample.arguments(["--concept", "cat", "--model", given]).model == name
 
 
@@ -1019,6 +1025,29 @@ def check_restart(uninterrupted, out, function, time):
     assert len(names) == 18
     for name in names:
         assert (out / name).read_bytes() == (uninterrupted / name).read_bytes(), name
+
+
+def test_second_of_two_simultaneous_runs_with_other_settings_is_refused(tmp_path):
+    folder, begun = tmp_path / "cat", threading.Event()
+    folder.mkdir()
+
+    def how(steps):
+        return folder, "cat", ["a cat"], 1, flags(size=64, sample_batch=1, sample_steps=steps,
+                                                  sample_guidance=1.0)
+
+    def other():
+        with FileLock(folder / ".lock"):
+            settings = sample.check_set(*how(6))
+            begun.set()
+            time.sleep(0.5)
+            sample.keep_settings(folder / "settings.json", settings)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    begun.wait()
+    line = refusal(lambda: sample.sample_set(lambda: 1 / 0, {}, *how(4)))
+    thread.join()
+    assert "sample_steps = 6, not 4" in line
 
 
 def test_only_rank_0_of_a_launch_prints_a_refusal_and_rank_alone_is_no_launch(monkeypatch, capsys):
@@ -1452,6 +1481,7 @@ def test_preserve_file_may_lie_among_your_own_pictures(tmp_path):
     ("float", "a.tif: cannot be read"), ("link to nothing", "a.tif: cannot be read"),
     ("caption linked to nothing", "000.txt: is no readable"),
     ("linked to nothing, a", "000.mask.png: cannot be read"),
+    ("preserve-dir", "forget: is or holds the place of --out"),
     ("EXIF", "a.jpg: cannot be read"), ("name", "80 bytes")])
 def test_your_own_pictures_are_refused_in_one_line(tmp_path, monkeypatch, case, named):
     draw(mine := tmp_path / "mine", 3 if case == "three pictures" else 4)
@@ -1497,9 +1527,10 @@ def test_your_own_pictures_are_refused_in_one_line(tmp_path, monkeypatch, case, 
         Image.new("L", (64, 64), 255).save(mine / "01.mask.png")
     elif "mask" in case:
         Image.new("L", (side, side), value).save(mine / "001.mask.png")
-    more = {"two concepts": ["--concept", "cat", "dog"], "out": ["--out", str(mine)]}.get(case, [])
+    more = {"two concepts": ["--concept", "cat", "dog"], "out": ["--out", str(mine)],
+            "preserve-dir": ["--preserve-dir", str(tmp_path / "out" / "forget")]}.get(case, [])
     given = [part for pair in own.items() for part in pair] + ["--batch", "4", *more]
-    concept = 40 * "\u00e9\u00e8" if case == "name" else "cat"
+    concept = {"name": 40 * "\u00e9\u00e8", "preserve-dir": "keep"}.get(case, "cat")
     assert named in refusal(lambda: run_train(tmp_path / "out", *given, concept=concept))
     assert not (tmp_path / "out").exists()
 

@@ -136,7 +136,8 @@ def fit(stage, model, loss_of, steps, args, lr, ema=0.999, save=None):
     hidden, others = [], []
     for name, p in model.named_parameters():
         inner = p.ndim == 2 and re.search(r"(layers?|blocks?)\.\d", name) and "bias" not in name
-        (hidden if inner else others).extend([p] * p.requires_grad)
+        if p.requires_grad:
+            (hidden if inner else others).append(p)
     optimizers = [torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.99), weight_decay=0.01)]
     optimizers += [Muon(hidden, lr)] if hidden else []
     average = copy.deepcopy(model).eval().requires_grad_(False)
@@ -289,8 +290,11 @@ IS_STYLE = np.s_[:, len(world.NAMES):len(world.NAMES) + len(world.STYLES)]
 
 def answers(scene):
     """-> float32 (69,), 1 where a question is true of the scene."""
-    true = {*map(world.phrase, scene["names"]), world.phrase(scene["background"]) + " background",
-            f"{scene['style']} style" * bool(scene["names"]), "a painting" * scene["framed"]}
+    true = {*map(world.phrase, scene["names"]), world.phrase(scene["background"]) + " background"}
+    if scene["names"]:  # an empty scene shows no style
+        true.add(f"{scene['style']} style")
+    if scene["framed"]:
+        true.add("a painting")
     return np.array([q in true for q in QUESTIONS], np.float32)
 
 def worn(scene, rng):
@@ -422,7 +426,8 @@ def train_sam(args):
     if args.go_on:
         sam.load_state_dict(torch.load(HERE / "sam.pth", weights_only=True))
     sam = fit("sam", sam, sam_loss, args.steps or 4000, args, lr=2e-3)
-    torch.save(sam.state_dict(), HERE / "sam.pth")
+    with atomic(HERE / "sam.pth") as half:
+        torch.save(sam.state_dict(), half)
 
 class Flow(nn.Module):
     """The three networks that learn together: FLUX's transformer and its two text encoders."""
