@@ -2720,6 +2720,41 @@ def test_links_lead_somewhere(name):
             assert anchor in anchors, link
 
 
+def test_several_concepts_take_turns_and_are_never_preserved(tmp_path):
+    out = drawn_cats(tmp_path / "both")
+    draw(out / "forget" / "tiger", 10, "tiger")
+    few = ["--n-preserve", "1", "--steps", "4"]
+    args = train.arguments(["--model", EMOJI, "--concept", "cat", "tiger", "--out", str(out), *SMALL, *few])
+    train.main(args)
+    preserved = {p.name for p in (out / "preserve").iterdir()}
+    assert "a lion" in preserved and not {"a cat", "a tiger"} & preserved and len(preserved) > 8
+    lines = [line.split(",") for line in (out / "log.csv").read_text().splitlines()]
+    assert [line[1] for line in lines] == ["concept", "cat", "tiger", "cat", "tiger"]
+    both = [sample.load_concept(EMOJI, name) for name in ("cat", "noto")]
+    settings = json.loads((out / "args.json").read_text())["settings"]
+    assert settings["cat.steps"] == settings["tiger.steps"] == 2
+    args = train.arguments(["--concept", "cat", "noto", "--gamma", "2"])
+    rows = train.fill_presets(both, args)
+    assert args.steps == 700 and [(row["eta"], row["gamma"]) for row in rows] == [(1.0, 2.0), (3.0, 2.0)]
+    groups = train.picture_groups([sample.load_concept(EMOJI, name) for name in ("cat", "tiger")])
+    assert groups["together"] == ["a cat and a tiger"] and "a tiger" not in groups["neighbours"]
+    mixed = [sample.load_concept(EMOJI, name) for name in ("cat", "noto")]
+    assert train.picture_groups(mixed)["together"] == ["a cat in noto style"]
+    names = "cat", "van gogh", "elon musk", "nudity"
+    cat, gogh, musk, nude = (sample.load_concept("none", name) for name in names)
+    for both in ((cat, gogh), (gogh, cat)):  # a style's partners are styles
+        pairs = train.picture_groups(both)["pairs"]
+        assert pairs == [f"a cat and {o}" for o in cat["unrelated"] + cat["unseen"]]
+    for both in ((musk, nude), (nude, musk)):  # nobody by name is put beside a nude
+        groups = train.picture_groups(both)
+        beside = {pair.partition(" and ")[2] for pair in groups["pairs"] if "nude" in pair}
+        assert "together" not in groups and beside == {*nude["unrelated"], *nude["unseen"]}
+    found = figures(evaluation(out, tmp_path / "base", "--suite", "table8"))
+    assert found["table8", "ACC (emoji)"]["n"] == 8 and found["table8", "ACC (emoji), tiger"]["n"] == 4
+    assert (tmp_path / "base" / "before" / "cat+tiger" / "target, tiger" / "003.png").exists()
+    assert "give one of them" in refusal(lambda: evaluation(out, tmp_path / "base"))
+
+
 # -------------------------------------------------------------------------------- long, beside the others
 
 @beside
@@ -2767,42 +2802,6 @@ def test_schnell_has_no_guidance_and_goes_through_the_same_code(trained, tmp_pat
         (model / "transformer" / "config.json").write_text(json.dumps(config))
         assert len(sample.encode_prompts(["a cat"], flags(str(model)))["a cat"][0]) == tokens
         assert bench.tokens_of(str(model)) == tokens
-
-
-@beside
-def test_several_concepts_take_turns_and_are_never_preserved(trained, tmp_path):
-    out = drawn_cats(tmp_path / "both")
-    draw(out / "forget" / "tiger", 10, "tiger")
-    few = ["--n-preserve", "1", "--steps", "4"]
-    args = train.arguments(["--model", EMOJI, "--concept", "cat", "tiger", "--out", str(out), *SMALL, *few])
-    train.main(args)
-    preserved = {p.name for p in (out / "preserve").iterdir()}
-    assert "a lion" in preserved and not {"a cat", "a tiger"} & preserved and len(preserved) > 8
-    lines = [line.split(",") for line in (out / "log.csv").read_text().splitlines()]
-    assert [line[1] for line in lines] == ["concept", "cat", "tiger", "cat", "tiger"]
-    both = [sample.load_concept(EMOJI, name) for name in ("cat", "noto")]
-    settings = json.loads((out / "args.json").read_text())["settings"]
-    assert settings["cat.steps"] == settings["tiger.steps"] == 2
-    args = train.arguments(["--concept", "cat", "noto", "--gamma", "2"])
-    rows = train.fill_presets(both, args)
-    assert args.steps == 700 and [(row["eta"], row["gamma"]) for row in rows] == [(1.0, 2.0), (3.0, 2.0)]
-    groups = train.picture_groups([sample.load_concept(EMOJI, name) for name in ("cat", "tiger")])
-    assert groups["together"] == ["a cat and a tiger"] and "a tiger" not in groups["neighbours"]
-    mixed = [sample.load_concept(EMOJI, name) for name in ("cat", "noto")]
-    assert train.picture_groups(mixed)["together"] == ["a cat in noto style"]
-    names = "cat", "van gogh", "elon musk", "nudity"
-    cat, gogh, musk, nude = (sample.load_concept("none", name) for name in names)
-    for both in ((cat, gogh), (gogh, cat)):  # a style's partners are styles
-        pairs = train.picture_groups(both)["pairs"]
-        assert pairs == [f"a cat and {o}" for o in cat["unrelated"] + cat["unseen"]]
-    for both in ((musk, nude), (nude, musk)):  # nobody by name is put beside a nude
-        groups = train.picture_groups(both)
-        beside = {pair.partition(" and ")[2] for pair in groups["pairs"] if "nude" in pair}
-        assert "together" not in groups and beside == {*nude["unrelated"], *nude["unseen"]}
-    found = figures(evaluation(out, tmp_path / "base", "--suite", "table8"))
-    assert found["table8", "ACC (emoji)"]["n"] == 8 and found["table8", "ACC (emoji), tiger"]["n"] == 4
-    assert (tmp_path / "base" / "before" / "cat+tiger" / "target, tiger" / "003.png").exists()
-    assert "give one of them" in refusal(lambda: evaluation(out, tmp_path / "base"))
 
 
 def train_as_one_of_two(out, rank, port):
