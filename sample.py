@@ -40,10 +40,13 @@ WEIGHT_BYTES = dict(none=None, int8=1.01, nf4=0.57)
 
 def die(message, code=2):
     """Print one line to stderr (below any progress bar) and exit: 2 before work has begun, 1 during it."""
+    # before work all processes of accelerate launch find the same: once rank 0 has said it, launch ends the
+    # others; one that ended first would end rank 0 unheard (other tools set RANK, too)
+    if code == 2 and "LOCAL_RANK" in os.environ and os.environ.get("RANK", "0") != "0":
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(20)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # accelerate launch may still send one: no second line
-    # before work all processes of accelerate launch find the same: rank 0 says it (other tools set RANK, too)
-    if code != 2 or "LOCAL_RANK" not in os.environ or os.environ.get("RANK", "0") == "0":
-        print("\n" * (code != 2) + f"error: {' '.join(message.splitlines())}", file=sys.stderr)
+    print("\n" * (code != 2) + f"error: {' '.join(message.splitlines())}", file=sys.stderr)
     sys.exit(code)
 
 def number(kind=float, least=0.0, strict=True, most=None):
@@ -176,7 +179,8 @@ OUT_OF_MEMORY = re.compile("out of memory|not enough memory|can't allocate memor
 def guarded(main, args):
     """Run main(args); an error, Ctrl-C or SIGTERM during work becomes one line that says how to go on."""
     kept = "; what is finished is kept" * (not hasattr(args, "bench"))  # bench.py keeps nothing
-    go_on = kept and f"{kept}, and the same command goes on from there"
+    unless = " unless another process says otherwise," * ("LOCAL_RANK" in os.environ)
+    go_on = kept and f"{kept}, and{unless} the same command goes on from there"
     if hasattr(sys.stdout, "reconfigure"):  # None if closed; it escapes letters that it lacks
         sys.stdout.reconfigure(errors="backslashreplace")
     # sent when a job's time is over, or when another process of accelerate launch has died
@@ -204,7 +208,8 @@ def guarded(main, args):
             die(f"out of memory; {savings(args)}", 1)
         if isinstance(error, (OSError, RuntimeError, SafetensorError)):
             die(f"{said}{go_on}", 1)
-        ours = [f for f in traceback.extract_tb(error.__traceback__) if ROOT in Path(f.filename).parents]
+        frames = traceback.extract_tb(error.__traceback__)
+        ours = [f for f in frames if ROOT in Path(f.filename).resolve().parents]  # perhaps through a link
         place = f"{Path(ours[-1].filename).name}:{ours[-1].lineno}"
         die(f"{said} ({type(error).__name__}, {place}){kept}", 1)
 
@@ -872,8 +877,8 @@ def sample_all(embeds, forget, preserve, args):
     shown = sum([found[:16] for found in forget], []) + preserve[::-(-args.n_preserve // 2)]  # two a concept
     if PartialState().is_main_process:
         contact_sheet([open_image(path) for path, _ in shown], args.out / "samples.png", 8)
-    drawn = sum(load.cache_info()[:2]) * args.sample_batch  # load() is called once a group
-    return forget, preserve, drawn * args.sample_steps * PartialState().num_processes
+    groups = torch.tensor([sum(load.cache_info()[:2])], device=PartialState().device)  # a call of load() each
+    return forget, preserve, gather(groups).sum().item() * args.sample_batch * args.sample_steps
 
 def main(args):
     forget, preserve = plan_sets(setup(args), args)

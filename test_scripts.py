@@ -257,6 +257,12 @@ def test_whatever_goes_wrong_in_work_is_one_line(error, said):
         assert said in refusal(lambda: sample.guarded(work, script.arguments(["--concept", "cat"])), 1)
 
 
+def test_error_in_a_clone_behind_a_link_is_told_its_place(tmp_path):
+    (tmp_path / "clone").symlink_to(ROOT)
+    exec(compile("def work(args): {}['x']", tmp_path / "clone" / "x.py", "exec"), made := {})
+    assert "'x' (KeyError, x.py:1)" in refusal(lambda: sample.guarded(made["work"], Namespace()), 1)
+
+
 def test_standard_output_that_is_closed_or_lacks_letters_ends_no_work(monkeypatch):
     args, done = mask.arguments(["--concept", "cat"]), []
     for out in (None, io.TextIOWrapper(io.BytesIO(), "ascii")):
@@ -1050,13 +1056,16 @@ def test_second_of_two_simultaneous_runs_with_other_settings_is_refused(tmp_path
     assert "sample_steps = 6, not 4" in line
 
 
-def test_only_rank_0_of_a_launch_prints_a_refusal_and_rank_alone_is_no_launch(monkeypatch, capsys):
-    monkeypatch.setenv("RANK", "1")
-    assert refusal(lambda: sample.die("no")) == "error: no"
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    with pytest.raises(SystemExit):
-        sample.die("no")
-    assert not capsys.readouterr().err
+def test_other_ranks_of_a_launch_wait_for_rank_0s_refusal_and_rank_alone_is_no_launch(monkeypatch):
+    waits, terminated = [], signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(time, "sleep", lambda _: waits.append(signal.getsignal(signal.SIGTERM)))
+    for name, rank, found in (("RANK", "1", []), ("LOCAL_RANK", "1", [signal.SIG_DFL]), ("RANK", "0", [])):
+        monkeypatch.setenv(name, rank)
+        for code in (1, 2):  # during work each speaks for itself, at once
+            waits.clear()
+            assert refusal(lambda: sample.die("no", code), code) == "error: no"
+            assert waits == found * (code == 2)
+    signal.signal(signal.SIGTERM, terminated)
 
 
 def test_build_keeps_its_tokenizers_and_refuses_a_checkpoint_of_another_kind(tmp_path, monkeypatch):
@@ -2839,6 +2848,8 @@ train.guarded(train.main, train.arguments())
     assert done.returncode == 1 and len(said) == 1, done.stderr
     assert "the same command goes on" in said[0] and not list(out.glob("*.tmp"))
     assert torch.load(out / "checkpoint.pt", weights_only=True)["step"] == 5
+    drawn = [line.split(",")[4] for line in (out / "stages.csv").read_text().splitlines()[:2]]
+    assert drawn == ["0", "32"]  # prompts; 8 sets x 2 images x 2 steps, whoever drew them
     one_alone = refusal(lambda: run_train(out, "--batch", "1"))
     assert "processes = 2, not 1" in one_alone  # it would go on with half of the batch
     with socket.create_server(("127.0.0.1", 0)) as free:
