@@ -312,12 +312,12 @@ def sample_round(prompts, parts, loras, args):
         sample_set(lambda: pipe, embeds, job.folder, job.noise, job.prompts, count, job.args, **job.made_by)
 
 def keep(folder, key, files, make):
-    """make()'s result for these files, from folder/scores.json if it is there, else made now and kept."""
+    """make()'s result for these files: kept in folder/scores.json, made anew if they or metrics.py change."""
     path, kept = folder / "scores.json", {}
     with contextlib.suppress(OSError, ValueError, TypeError):  # not there, or cut short: make again
         kept = dict(json.loads(path.read_text()))
     seen = [(os.path.relpath(f, folder), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    stamp = zlib.crc32(str(seen).encode())
+    stamp = zlib.crc32(f"{fingerprint([Path(metrics.__file__)])} {seen}".encode())
     if kept.get(key, {}).get("stamp") != stamp:
         kept[key] = dict(stamp=stamp, found=make())
         write_text(path, json.dumps(kept))

@@ -45,7 +45,8 @@ def die(message, code=2):
     if code == 2 and "LOCAL_RANK" in os.environ and os.environ.get("RANK", "0") != "0":
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(20)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # accelerate launch may still send one: no second line
+    if signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:  # guarded()'s; launch may still send one: no more
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     print("\n" * (code != 2) + f"error: {' '.join(message.splitlines())}", file=sys.stderr)
     sys.exit(code)
 
@@ -242,12 +243,12 @@ def load_concept(model, name):
     found, section = {}, None
     for line in lines_of(path):
         key, colon, value = line.partition(":")
-        if line.startswith("[") and line.strip("[]") in sections:
-            section = found.setdefault(line.strip("[]"), [])
+        if line.startswith("[") and (key := line.strip("[]")) in sections and key not in found:
+            section = found[key] = []
         elif section is not None and not line.startswith("["):
             section.append(line)
         elif key in found:
-            die(f"{path}: has {key}: twice")
+            die(f"{path}: has {key} twice")
         elif colon and key in keys:
             found[key] = [v for v in map(str.strip, value.split(",")) if v]
         else:
@@ -555,7 +556,8 @@ def keep_settings(path, settings, **more):
     """Write a json file of settings, of more that may change from run to run, and of versions and commit."""
     packages = "torch diffusers transformers peft accelerate prodigyopt torchao".split()
     versions = dict(python=sys.version.split()[0]) | {name: version(name) for name in packages}
-    git = "git --git-dir .git rev-parse --verify HEAD"  # prints nothing unless ROOT itself is a repository
+    # prints nothing unless ROOT itself is a repository; ends in -dirty where files differ from the commit
+    git = "git --git-dir .git describe --always --abbrev=40 --dirty --exclude '*'"
     commit = subprocess.run(git, shell=True, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     record = dict(settings=settings, **more, versions=versions, commit=commit)
     write_text(path, json.dumps(record, indent=1, default=str))

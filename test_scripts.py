@@ -237,6 +237,17 @@ def test_two_runs_in_one_folder_are_refused(trained):
         assert "another run is at work" in refusal(lambda: run_train(trained, "--save-every", "6"))
 
 
+def test_edited_loss_is_another_run(trained, tmp_path, monkeypatch):
+    for name in ("train.py", "inpo.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    monkeypatch.setattr(train, "ROOT", tmp_path)
+    for name in ("train.py", "inpo.py"):
+        with open(tmp_path / name, "a") as file:
+            file.write("# mine\n")
+        assert "with train.py and inpo.py = " in refusal(lambda: run_train(trained, "--save-every", "6"))
+        shutil.copy(ROOT / name, tmp_path)
+
+
 NO_MEMORY = "error: out of memory; python bench.py --plan says"
 
 
@@ -390,12 +401,16 @@ def test_commit_is_ours_and_no_other_repositorys(tmp_path, monkeypatch):
     git, git_is_here = ["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a"], os.environ["PATH"]
     (inside := tmp_path / "inpo").mkdir()
     subprocess.run([*git, "init", "-q"], check=True)
-    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "a"], check=True)
-    for root, path, length in ((tmp_path, git_is_here, 40), (inside, git_is_here, 0), (tmp_path, "", 0)):
+    (edited := tmp_path / "x.py").write_text("")
+    subprocess.run([*git, "add", edited], check=True)
+    subprocess.run([*git, "commit", "-q", "-m", "a"], check=True)
+    for root, path, text, length in ((tmp_path, git_is_here, "", 40), (inside, git_is_here, "", 0),
+                                     (tmp_path, "", "", 0), (tmp_path, git_is_here, "# mine", 46)):
+        edited.write_text(text)
         monkeypatch.setenv("PATH", path)
         monkeypatch.setattr(sample, "ROOT", root)
         sample.keep_settings(tmp_path / "settings.json", {})
-        assert len(json.loads((tmp_path / "settings.json").read_text())["commit"]) == length
+        assert len(json.loads((tmp_path / "settings.json").read_text())["commit"]) == length  # -dirty: 46
 
 
 @pytest.mark.parametrize("size, group", [(64, 25), (512, 5), (1024, 5), (2048, 1)])
@@ -492,7 +507,8 @@ def test_table_1s_other_two_are_not_preserved(category):
     ("task: object", "tasks: object", "tasks: object is none of"), ("[eval]", "[evil]", "[evil] is none of"),
     ("[preserve]", "[preserve]\na photo", "a photo, a template without {}"),
     ("in noto style, ", "noto, ", "noto is no ending of a prompt"),
-    ("detect:", "concept: a dog\ndetect:", "has concept: twice"),
+    ("detect:", "concept: a dog\ndetect:", "has concept twice"),
+    ("[eval]", "[train]", "has train twice"),
     ("neighbours: ", "neighbours: ../../../tiger, ", "../../../tiger: names a folder"),
     ("unrelated: ", f"unrelated: a {90 * 'v'}ery long road, ", "of 1 to 80 bytes"),
     ("unrelated: ", "unrelated: young cats, ", "minors once put together: a very young cats"),
@@ -2554,7 +2570,7 @@ def test_pictures_of_another_folder_have_their_own_answers(tmp_path):
     assert [evaluate.score(job, [""], "judge", load).item() for job in jobs] == [255, 0]
 
 
-def test_each_picture_is_scored_once_and_one_that_cannot_be_read_is_named(tmp_path):
+def test_each_picture_is_scored_once_and_one_that_cannot_be_read_is_named(tmp_path, monkeypatch):
     files, asked = [tmp_path / f"{i}.png" for i in range(101)], list(range(0, 1010, 10))
     for i, file in enumerate(files):
         Image.new("RGB", (8, 8), (i, 0, 0)).save(file)
@@ -2569,6 +2585,9 @@ def test_each_picture_is_scored_once_and_one_that_cannot_be_read_is_named(tmp_pa
         found = evaluate.score(job, asked, "judge", lambda: compute)[:, 0].tolist()
         assert math.isnan(found.pop(60)) and found == [11 * i for i in range(101) if i != 60]
         assert job.broken == [str(files[60])] and sum(times) == 101
+    monkeypatch.setattr(evaluate.metrics, "__file__", str(files[0]))  # another metrics.py, another metric
+    evaluate.score(job, asked, "judge", lambda: compute)
+    assert sum(times) == 2 * 101
 
 
 @pytest.mark.parametrize("broken", [("before", 0), ("after", 57)])

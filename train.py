@@ -21,9 +21,9 @@ import zlib
 from pathlib import Path
 
 from sample import (ROOT, atomic, check_plan, check_set, check_settings, contact_sheet, data_flags, die,
-                    encode_prompts, generate, guarded, keep_settings, load_denoiser, lock, mask_flags,
-                    mentions, model_flags, number, open_image, place, plan_sets, sample_all, seed_of, setup,
-                    stage, write_text)
+                    encode_prompts, fingerprint, generate, guarded, keep_settings, load_denoiser, lock,
+                    mask_flags, mentions, model_flags, number, open_image, place, plan_sets, sample_all,
+                    seed_of, setup, stage, write_text)
 
 # The paper's Table 6. Its learning rate, 0.7, only makes sense for Prodigy; for AdamW see --lr
 TABLE6 = dict(object=dict(steps=300, eta=1.0, gamma=3.0, tau=0.1, lambda_prior=0.6),
@@ -118,8 +118,8 @@ def predict(transformer, z, sigma, states, pooled, guidance):
 def iteration(transformer, x, mask, states, pooled, sigma, eps, args):
     """Algorithm 1, lines 3 to 5: the loss of one batch. A loss or regulariser of your own goes here.
     The first half of each tensor is D_ES's (to forget), the second D_PR's (to preserve): x, eps (2B, L, D),
-    sigma (2B,), states (2B, T, E), pooled (2B, P); mask (B, L, D) is D_ES's. -> loss (), detached diagnostics
-    for log.csv, each (B,).
+    sigma (2B,), states (2B, T, E), pooled (2B, P); mask (B, L, D) is D_ES's; args: the flags with a row of
+    fill_presets. -> loss (), detached diagnostics for log.csv, each (B,).
     """
     B = len(mask)
     z = add_noise(x, eps, sigma)  # (2B, L, D)
@@ -191,6 +191,7 @@ def save_lora(transformer, folder):
 def add_lora(transformer, rank, seed):
     """Add a LoRA that changes nothing yet, in float32 (in bf16 it ends far worse) -> its parameters."""
     torch.manual_seed(seed)
+    # the saved file has no alpha, and loaders then take the rank for it: another one would be lost
     transformer.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian",
                                        target_modules=LORA_TARGETS))
     cast_training_params(transformer, torch.float32)
@@ -203,7 +204,8 @@ def make_optimizer(params, args):
                    use_bias_correction=True, safeguard_warmup=True)
 
 def train(pipe, forget, preserve, embeds, presets, args, stamp=None):
-    """The loop -> log.csv's rows, one a step. LoRA and optimiser state go to checkpoint.pt.
+    """The loop -> log.csv's rows, one a step. LoRA and optimiser state go to checkpoint.pt, which is all that
+    a resumed run knows: a schedule or an average of your own must go there, too.
 
     forget: for each concept what batch_of takes; presets: for each concept args with its row of Table 6;
     stamp: a checksum of the settings; a checkpoint with another one is refused.
@@ -260,7 +262,8 @@ def train(pipe, forget, preserve, embeds, presets, args, stamp=None):
         size, mean = torch.nn.utils.get_total_norm([p.detach() for p in params]), info["loss"].mean()
         if not all(map(math.isfinite, (mean, norm, size))):  # the same in all processes: all stop
             stop(f"step {step}: loss {mean:.4g}, norm of the gradient {norm:.4g}, of the LoRA {size:.4g}")
-        d_lr = optimizer.param_groups[0].get("d", 1.0) * args.lr  # Prodigy's own step size
+        group = optimizer.param_groups[0]
+        d_lr = group.get("d", 1.0) * group["lr"]  # d: Prodigy's own step size
         row = dict(step=step, concept=args.concept[turn])
         row |= {k: v.mean().item() for k, v in info.items() if k != "sigma"}
         passes = 4 if args.checkpointing else 3  # reference, forward, backward; 4: forward again
@@ -356,11 +359,11 @@ def write_card(concepts, settings, rows, path):
     licence, terms = inherited.strip().split("\n\n", 1)
     table = "\n".join(f"| {key} | {value} |" for key, value in settings.items() if value is not None)
     base = f"base_model: {model}\n" * (not Path(model).is_dir())  # the hub knows no folder
-    gated, card = settings["loss"] == "inpo", (ROOT / "docs" / "card.md").read_text()
+    loss, card = settings["loss"], (ROOT / "docs" / "card.md").read_text()
     write_text(path, card.format(
         model=model, base=base, names=names, licence=licence, terms=terms, settings=table, steps=len(last),
-        rank=settings["rank"], method=dict(inpo="INPO", ga="gradient ascent (Eq. 4)")[settings["loss"]],
-        gate=f"gate {means['alpha']:.4f}; " * gated, **means))
+        rank=settings["rank"], method=dict(inpo="INPO", ga="gradient ascent (Eq. 4)").get(loss, loss),
+        gate=f"gate {means['alpha']:.4f}; " * (loss == "inpo"), **means))
 
 def main(args):
     concepts = setup(args)
@@ -381,6 +384,7 @@ def main(args):
              "tau lambda_prior").split()
     settings = {k: v for k, v in vars(args).items() if k not in apart}
     settings["processes"] = PartialState().num_processes  # --batch is per process
+    settings["train.py and inpo.py"] = fingerprint([ROOT / "train.py", ROOT / "inpo.py"])  # another loss?
     settings["preserved"] = [name for _, name, *_ in preserve]
     made = [check_set(*one, args) for one in forget + preserve]
     shown = [(one["concept"], one["prompts"], one.get("own pictures")) for one in made]  # or its masks
