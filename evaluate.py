@@ -310,6 +310,7 @@ def sample_round(prompts, parts, loras, args):
         elif loras:
             pipe.disable_lora()
         sample_set(lambda: pipe, embeds, job.folder, job.noise, job.prompts, count, job.args, **job.made_by)
+    PartialState().wait_for_everyone()
 
 def keep(folder, key, files, make):
     """make()'s result for these files: kept in folder/scores.json, made anew if they or metrics.py change."""

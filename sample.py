@@ -137,7 +137,7 @@ if not {"-h", "--help"} & set(sys.argv):  # --help needs only the flags: no slow
     import torch
     from accelerate import PartialState
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-    from accelerate.utils import broadcast_object_list, gather
+    from accelerate.utils import gather
     from diffusers import (BitsAndBytesConfig, FluxPipeline, FluxTransformer2DModel,
                            PipelineQuantizationConfig, TorchAoConfig)
     from diffusers.training_utils import free_memory
@@ -781,7 +781,8 @@ def check_set(folder, concept, prompts, count, args, **made_by):
 def sample_set(load, embeds, folder, concept, prompts, count, args, **made_by):
     """Fill folder with 000.png ... and manifest.json -> [(path, prompt)]; images already there are kept.
 
-    They are drawn in whole groups of args.sample_batch, so that their number cannot change their rounding.
+    They are drawn in whole groups of args.sample_batch, so that their number cannot change their rounding. Of
+    several processes each draws its share: wait for all before reading the images.
     load() gives the pipeline; it is called only if an image is missing. made_by: more settings to record and
     to compare; of these, seeds, one a prompt, take the place of seed_of's.
     """
@@ -791,24 +792,23 @@ def sample_set(load, embeds, folder, concept, prompts, count, args, **made_by):
                  seed=seeds[i % len(seeds)] if seeds else seed_of(args.seed, concept, i),
                  model=args.model, size=args.size) for i in range(-(-listed // group) * group)]
     files = [folder / row["file"] for row in rows[:count]]
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lock"):  # processes, or two runs that share it, may begin at once
+        settings = check_set(folder, concept, prompts, count, args, **made_by)
+        if not (folder / "settings.json").exists():  # the first images' versions and commit
+            keep_settings(folder / "settings.json", settings)
     if world.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".lock"):  # two runs that share it may begin at once
-            settings = check_set(folder, concept, prompts, count, args, **made_by)
-            if not (folder / "settings.json").exists():  # the first images' versions and commit
-                keep_settings(folder / "settings.json", settings)
         write_text(folder / "manifest.json", json.dumps(rows[:listed], indent=1))
-    missing = [i for i in range(0, count, group) if not all(f.exists() for f in files[i:i + group])]
-    missing, = broadcast_object_list([missing])  # one list for all: another run may draw some meanwhile
+    turn = zlib.crc32(concept.encode())  # sets of one group each do not all fall to the same process
+    missing = [i for i in range(0, count, group) if not all(f.exists() for f in files[i:i + group])
+               and (i // group + turn) % world.num_processes == world.process_index]
     name = f"sample {folder.parent.name}/{folder.name}"
-    missing = missing[world.process_index::world.num_processes]  # each process's share
     for i in tqdm(missing, desc=name, unit=f"{group} images", leave=False, disable=not missing):
         texts, noise = zip(*[(row["prompt"], row["seed"]) for row in rows[i:i + group]])
         images = generate(load(), embeds, texts, noise, args.sample_steps, args.sample_guidance, args.size)
         for image, file in zip(images, files[i:]):
             if not file.exists():
                 save_image(image, file)
-    world.wait_for_everyone()
     return [(file, row["prompt"]) for file, row in zip(files, rows)]
 
 def mentions(phrase, concepts):
@@ -876,6 +876,7 @@ def sample_all(embeds, forget, preserve, args):
         own = [import_set(*one, args) for one in forget if args.images]
     forget = own or [sample_set(load, embeds, *one, args) for one in forget]
     preserve = sum([sample_set(load, embeds, *one, args) for one in preserve], [])
+    PartialState().wait_for_everyone()
     shown = sum([found[:16] for found in forget], []) + preserve[::-(-args.n_preserve // 2)]  # two a concept
     if PartialState().is_main_process:
         contact_sheet([open_image(path) for path, _ in shown], args.out / "samples.png", 8)

@@ -613,6 +613,19 @@ def test_more_images_never_change_the_earlier_ones(tmp_path):
         sample.sample_set(lambda: pipe, embeds, tmp_path / "grown", "cat", prompts, 7, args)
 
 
+def test_each_group_falls_to_one_of_several_processes_and_no_process_draws_all(tmp_path, monkeypatch):
+    args, drawn = Namespace(**SETTINGS | dict(model=EMOJI)), []
+    monkeypatch.setattr(sample, "generate", lambda *given: [Image.new("RGB", (4, 4))] * len(given[2]))
+    for k in range(3):
+        monkeypatch.setattr(sample, "PartialState", lambda: Namespace(
+            is_main_process=k == 0, process_index=k, num_processes=3))
+        for name, count in [*zip("abcdefgh", 8 * [args.sample_batch]), ("many", 9 * args.sample_batch)]:
+            sample.sample_set(lambda: None, {}, tmp_path / str(k) / name, name, ["x"], count, args)
+        drawn.append([file.relative_to(tmp_path / str(k)) for file in (tmp_path / str(k)).glob("*/*.png")])
+    assert len(set(sum(drawn, []))) == sum(map(len, drawn)) == (8 + 9) * args.sample_batch
+    assert all(3 * args.sample_batch < len(files) < 9 * args.sample_batch for files in drawn)
+
+
 def mask_args(tmp_path, **more):
     return Namespace(**dict(model=EMOJI, weights="", out=tmp_path, device="cpu", threshold=0.2, min_found=0.5,
                             detector=EMOJI + "/detector", sam=EMOJI + "/sam.pth") | more)
