@@ -1086,7 +1086,7 @@ def test_second_of_two_simultaneous_runs_with_other_settings_is_refused(tmp_path
 
 
 def test_other_ranks_of_a_launch_wait_for_rank_0s_refusal_and_rank_alone_is_no_launch(monkeypatch):
-    waits, terminated = [], signal.getsignal(signal.SIGTERM)
+    waits, terminated = [], signal.signal(signal.SIGTERM, signal.SIG_DFL)
     monkeypatch.setattr(time, "sleep", lambda _: waits.append(signal.getsignal(signal.SIGTERM)))
     for name, rank, found in (("RANK", "1", []), ("LOCAL_RANK", "1", [signal.SIG_DFL]), ("RANK", "0", [])):
         monkeypatch.setenv(name, rank)
@@ -1094,6 +1094,7 @@ def test_other_ranks_of_a_launch_wait_for_rank_0s_refusal_and_rank_alone_is_no_l
             waits.clear()
             assert refusal(lambda: sample.die("no", code), code) == "error: no"
             assert waits == found * (code == 2)
+            assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # as it was: a notebook's, say
     signal.signal(signal.SIGTERM, terminated)
 
 
@@ -1636,6 +1637,11 @@ def test_each_concept_has_its_images_and_its_preset(tmp_path, monkeypatch):
     assert seen == [(0, 1), (9, 3)]
 
 
+def test_step_size_is_logged_as_a_schedule_has_made_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "make_optimizer", lambda params, args: torch.optim.SGD(params, args.lr / 2))
+    assert [row["d_lr"] for row in loop(tmp_path, (0,), ({},))] == [0.35, 0.35]
+
+
 def test_loss_of_ones_own_may_log_a_number_and_begin_to_in_a_resumed_run(tmp_path, monkeypatch):
     loop(tmp_path, (0,), ({},), steps=1, checkpoint_every=1)
     whole = train.iteration
@@ -1764,6 +1770,8 @@ def test_card_names_the_licence_and_the_last_steps_means(tmp_path):
     train.write_card([dict(name="cat")], dict(model=EMOJI, rank=4, loss="ga"), rows, tmp_path / "README.md")
     text = (tmp_path / "README.md").read_text()
     assert "by gradient ascent" in text and "gate" not in text and "base_model" not in text
+    train.write_card([dict(name="cat")], dict(model=EMOJI, rank=4, loss="mine"), rows, tmp_path / "README.md")
+    assert "by mine" in (text := (tmp_path / "README.md").read_text()) and "gate" not in text
 
 
 # -------------------------------------------------------------------------------- the bench's plans
