@@ -38,11 +38,15 @@ SCRIPTS = ("sample", "mask", "train", "evaluate", "bench", "build")
 # --quantize -> bytes per frozen weight, scales included; None: as many as the dtype has
 WEIGHT_BYTES = dict(none=None, int8=1.01, nf4=0.57)
 
+def is_other_rank():
+    """Is this a process of accelerate launch, but not its first? Other tools set RANK alone."""
+    return "LOCAL_RANK" in os.environ and os.environ.get("RANK", "0") != "0"
+
 def die(message, code=2):
     """Print one line to stderr (below any progress bar) and exit: 2 before work has begun, 1 during it."""
     # before work all processes of accelerate launch find the same: once rank 0 has said it, launch ends the
-    # others; one that ended first would end rank 0 unheard (other tools set RANK, too)
-    if code == 2 and "LOCAL_RANK" in os.environ and os.environ.get("RANK", "0") != "0":
+    # others; one that ended first would end rank 0 unheard
+    if code == 2 and is_other_rank():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(20)
     if signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:  # guarded()'s; launch may still send one: no more
@@ -182,6 +186,8 @@ def guarded(main, args):
     kept = "; what is finished is kept" * (not hasattr(args, "bench"))  # bench.py keeps nothing
     unless = " unless another process says otherwise," * ("LOCAL_RANK" in os.environ)
     go_on = kept and f"{kept}, and{unless} the same command goes on from there"
+    if is_other_rank():  # rank 0 says it for all
+        sys.stdout = open(os.devnull, "w")
     if hasattr(sys.stdout, "reconfigure"):  # None if closed; it escapes letters that it lacks
         sys.stdout.reconfigure(errors="backslashreplace")
     # sent when a job's time is over, or when another process of accelerate launch has died

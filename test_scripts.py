@@ -626,6 +626,32 @@ def test_each_group_falls_to_one_of_several_processes_and_no_process_draws_all(t
     assert all(3 * args.sample_batch < len(files) < 9 * args.sample_batch for files in drawn)
 
 
+def test_images_are_read_once_all_processes_have_drawn(tmp_path, monkeypatch):
+    args = Namespace(**SETTINGS | dict(out=tmp_path, images=None, n_preserve=5))
+    blank = Image.new("RGB", (4, 4))
+    *sets, last = [(tmp_path / name, name, ["x"], 5) for name in "abcdefgh"]
+    files = [tmp_path / name / f"{i:03}.png" for name in "abcdefgh" for i in range(5)]
+
+    def others():  # draw what this process has left to them
+        lost = [file for file in files if file.parent.exists() and not file.exists()]
+        assert lost
+        for file in lost:
+            sample.save_image(blank, file)
+
+    world = Namespace(is_main_process=True, process_index=0, num_processes=20, device="cpu",
+                      main_process_first=contextlib.nullcontext, wait_for_everyone=others)
+    for name in ("load_denoiser", "place", "encode_prompts"):
+        monkeypatch.setattr(sample, name, lambda *_: None)
+        monkeypatch.setattr(evaluate, name, lambda *_: None)
+    for script in (sample, evaluate):
+        monkeypatch.setattr(script, "PartialState", lambda: world)
+    monkeypatch.setattr(sample, "generate", lambda *given: [blank] * 5)
+    sample.sample_all({}, sets[:1], sets[1:], args)  # shows them in samples.png
+    job = Namespace(folder=last[0], noise="h", prompts=["x"], args=args, made_by=dict(lora=None))
+    evaluate.sample_round([], [(job, 5)], {}, args)
+    assert all(file.exists() for file in files)
+
+
 def mask_args(tmp_path, **more):
     return Namespace(**dict(model=EMOJI, weights="", out=tmp_path, device="cpu", threshold=0.2, min_found=0.5,
                             detector=EMOJI + "/detector", sam=EMOJI + "/sam.pth") | more)
@@ -1092,6 +1118,7 @@ def test_other_ranks_of_a_launch_wait_for_rank_0s_refusal_and_rank_alone_is_no_l
         monkeypatch.setenv(name, rank)
         for code in (1, 2):  # during work each speaks for itself, at once
             waits.clear()
+            signal.signal(signal.SIGTERM, (lambda *_: None) if found and code == 2 else signal.SIG_DFL)
             assert refusal(lambda: sample.die("no", code), code) == "error: no"
             assert waits == found * (code == 2)
             assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # as it was: a notebook's, say
@@ -2887,6 +2914,7 @@ train.guarded(train.main, train.arguments())
     said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 1 and len(said) == 1, done.stderr
     assert "the same command goes on" in said[0] and not list(out.glob("*.tmp"))
+    assert done.stdout.count("device: cpu, float32, 2 processes\n") == 1  # rank 0's
     assert torch.load(out / "checkpoint.pt", weights_only=True)["step"] == 5
     drawn = [line.split(",")[4] for line in (out / "stages.csv").read_text().splitlines()[:2]]
     assert drawn == ["0", "32"]  # prompts; 8 sets x 2 images x 2 steps, whoever drew them
