@@ -2814,8 +2814,7 @@ def test_several_concepts_take_turns_and_are_never_preserved(tmp_path):
     assert args.steps == 700 and [(row["eta"], row["gamma"]) for row in rows] == [(1.0, 2.0), (3.0, 2.0)]
     groups = train.picture_groups([sample.load_concept(EMOJI, name) for name in ("cat", "tiger")])
     assert groups["together"] == ["a cat and a tiger"] and "a tiger" not in groups["neighbours"]
-    mixed = [sample.load_concept(EMOJI, name) for name in ("cat", "noto")]
-    assert train.picture_groups(mixed)["together"] == ["a cat in noto style"]
+    assert train.picture_groups(both)["together"] == ["a cat in noto style"]
     names = "cat", "van gogh", "elon musk", "nudity"
     cat, gogh, musk, nude = (sample.load_concept("none", name) for name in names)
     for both in ((cat, gogh), (gogh, cat)):  # a style's partners are styles
