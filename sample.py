@@ -3,7 +3,8 @@
     python sample.py --model emoji-flux --concept cat     # 50 + 200 images, out/emoji-flux-cat/samples.png
     python sample.py --concept pikachu --n-forget 100     # FLUX.1-dev; images already there are kept
 
-The other scripts import their flags, prompt files, prompt filter, pre-flight check and drawing from here.
+Step 1 itself is the last section. What comes before it is shared by all scripts, which import it from here:
+flags, prompt files and their filter, what is refused before work, settings, files, the frozen model.
 """
 import argparse
 import contextlib
@@ -27,6 +28,8 @@ from datetime import timedelta
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+
+# ---------------------------------------------------------------------------------------------------- flags
 
 ROOT = Path(__file__).resolve().parent
 # flag -> the network's default: this path in the model's folder if it exists, else this hub id or URL
@@ -154,29 +157,7 @@ if not {"-h", "--help"} & set(sys.argv):  # --help needs only the flags: no slow
     from tqdm import tqdm
     from transformers import CLIPTextModel, T5EncoderModel
 
-def read_text(path, flag=""):
-    """A text file's content; if it is not readable UTF-8, exit naming it and the flag that it came from."""
-    try:
-        return path.read_text(encoding="utf-8-sig")  # -sig: Notepad begins files with a byte order mark
-    except (OSError, UnicodeDecodeError) as error:
-        die(f"{flag} {path}: is no readable UTF-8 text ({type(error).__name__})".strip())
-
-def lines_of(path, flag=""):
-    """A text file's lines, without blank ones and # comments."""
-    return [line for line in map(str.strip, read_text(path, flag).splitlines()) if line and line[0] != "#"]
-
-# the one filter that every prompt passes before anything is drawn: the words in minors.txt
-YOUNG = (r"(?<!\d)(?<!ty[\W_])([1-9]|1[0-7]|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve"
-         r"|thirteen|fourteen|fifteen|sixteen|seventeen)(?!\d)")
-WORDS = "|".join(lines_of(ROOT / "minors.txt")).replace("{YOUNG}", YOUNG)
-MINORS = re.compile(rf"(?<![^\W\d_])({WORDS})(?![^\W\d_])", re.IGNORECASE)
-
-def minors_in(prompt):
-    """The match of the first mention of minors, or None. Accents, full-width letters and invisible characters
-    do not hide it."""
-    letters = [c for c in unicodedata.normalize("NFKD", prompt)
-               if c.isspace() or unicodedata.category(c) not in ("Mn", "Me", "Cf", "Cc")]
-    return MINORS.search(prompt) or MINORS.search("".join(letters))  # an invisible one may end a word
+# ------------------------------------------------------------------------------------ a failed run's one line
 
 # how devices and libraries word it
 OUT_OF_MEMORY = re.compile("out of memory|not enough memory|can't allocate memory|ALLOC_FAILED")
@@ -219,6 +200,32 @@ def guarded(main, args):
         ours = [f for f in frames if ROOT in Path(f.filename).resolve().parents]  # perhaps through a link
         place = f"{Path(ours[-1].filename).name}:{ours[-1].lineno}"
         die(f"{said} ({type(error).__name__}, {place}){kept}", 1)
+
+# --------------------------------------------------- prompts: the filter, a concept's file, your own pictures
+
+def read_text(path, flag=""):
+    """A text file's content; if it is not readable UTF-8, exit naming it and the flag that it came from."""
+    try:
+        return path.read_text(encoding="utf-8-sig")  # -sig: Notepad begins files with a byte order mark
+    except (OSError, UnicodeDecodeError) as error:
+        die(f"{flag} {path}: is no readable UTF-8 text ({type(error).__name__})".strip())
+
+def lines_of(path, flag=""):
+    """A text file's lines, without blank ones and # comments."""
+    return [line for line in map(str.strip, read_text(path, flag).splitlines()) if line and line[0] != "#"]
+
+# the one filter that every prompt passes before anything is drawn: the words in minors.txt
+YOUNG = (r"(?<!\d)(?<!ty[\W_])([1-9]|1[0-7]|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve"
+         r"|thirteen|fourteen|fifteen|sixteen|seventeen)(?!\d)")
+WORDS = "|".join(lines_of(ROOT / "minors.txt")).replace("{YOUNG}", YOUNG)
+MINORS = re.compile(rf"(?<![^\W\d_])({WORDS})(?![^\W\d_])", re.IGNORECASE)
+
+def minors_in(prompt):
+    """The match of the first mention of minors, or None. Accents, full-width letters and invisible characters
+    do not hide it."""
+    letters = [c for c in unicodedata.normalize("NFKD", prompt)
+               if c.isspace() or unicodedata.category(c) not in ("Mn", "Me", "Cf", "Cc")]
+    return MINORS.search(prompt) or MINORS.search("".join(letters))  # an invisible one may end a word
 
 def allowed(prompts, what):
     """The prompts that do not mention minors; prints how many do, counted by the word found."""
@@ -345,6 +352,21 @@ def load_concepts(args):
         if preserve:
             concept |= dict(neighbours=read_prompts("--preserve", preserve), unrelated=[], preserve=["{}"])
     return concepts
+
+def mentions(phrase, concepts):
+    """Does the phrase name one of the concepts, by its name, the judge's words or, for an object, the
+    detector's (others have wider ones: a man for Elon Musk, a painting for a style)?"""
+    words = [[c["name"], *c["concept"]] + c["detect"] * (c["task"] == "object") for c in concepts]
+    return says(phrase, sum(words, []))
+
+def says(phrase, words):
+    """Does the phrase contain one of the words, without its article, or its regular plural?"""
+    bare = [re.sub("(?i)^(an?|the) ", "", word) for word in words]
+    forms = bare + [re.sub(end, plural, word) for word in bare
+                    for end, plural in (("$", "s"), ("(?<=[sxzoh])$", "es"), ("y$", "ies"), ("fe?$", "ves"))]
+    return any(re.search(rf"(?<!\w){re.escape(form)}(?!\w)", phrase, re.IGNORECASE) for form in forms)
+
+# -------------------------------------------------------------------- what cannot work is refused before work
 
 def fingerprint(paths):
     """A checksum of files; above 64 MB only a thousand samples are read, so that 24 GB take seconds."""
@@ -488,6 +510,10 @@ def check_folder(flag, path):
     if not (there.is_dir() and os.access(there, os.W_OK)):
         die(f"--{flag} {path}: {there} is no folder that can be written to")
 
+def seed_suffix(seed):
+    """What a folder's name ends in, so that each seed has its own."""
+    return f"-{seed}" if seed else ""
+
 def setup(args):
     """Fill in what the flags left open, refuse what cannot work; writes nothing -> the concepts."""
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -536,6 +562,8 @@ def setup(args):
             setattr(args, flag, value)
             print(f"{flag}: {value}")
     return concepts
+
+# ------------------------------------------------------------------------------------ settings, stages, locks
 
 def read_settings(path, instead):
     """The settings that keep_settings wrote; where the file is missing, cut short or not ours: exit, saying
@@ -617,6 +645,8 @@ def lock(out):
     PartialState().wait_for_everyone()  # the others begin once this one has it
     return mine
 
+# ----------------------------------------------------------------------------------------- files and pictures
+
 @contextlib.contextmanager
 def atomic(path):
     """A temporary path to write to, renamed to path at the end: neither a kill nor a full disk leaves half a
@@ -671,6 +701,13 @@ def open_image(path, size=None, instead="delete it and run the same command agai
         die(f"{path}: is {image.size}, not {size}; {instead}", code)
     return image
 
+def square(image, size):
+    """Crop square and resize; a pixel of a mask (L) is on if any of those that it covers was."""
+    if image.mode == "L":
+        some = ImageOps.fit(image.point(lambda v: 255 * (v > 127)), (size, size), Image.Resampling.BOX)
+        return some.point(lambda v: 255 * (v > 0))
+    return ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+
 def contact_sheet(images, path, columns=10, side=96, titles=()):
     """Save images as one picture at path, row by row; titles label the rows."""
     left = max([150, *(8 + 6 * len(title) for title in titles)]) if titles else 0
@@ -681,6 +718,8 @@ def contact_sheet(images, path, columns=10, side=96, titles=()):
     for i, title in enumerate(titles):
         pen.text((4, i * side + side // 2 - 6), title, fill="black")
     save_image(sheet, path)
+
+# ------------------------------------------------------------------------------------------- the frozen model
 
 def text_length(longest, transformer):
     """T5 tokens per prompt: the tokenizer's most; for FLUX.1-schnell, which has no guidance, at most 256."""
@@ -750,9 +789,7 @@ def place(pipe, args, parts=("transformer", "vae")):
                 module.to(args.device)
     return pipe
 
-def seed_suffix(seed):
-    """What a folder's name ends in, so that each seed has its own."""
-    return f"-{seed}" if seed else ""
+# -------------------------------------------------------------------------------------- Step 1 of Algorithm 1
 
 def seed_of(seed, concept, index):
     """The noise seed of a concept's image; the number of images and the other concepts do not matter."""
@@ -783,6 +820,31 @@ def check_set(folder, concept, prompts, count, args, **made_by):
         die(f"{folder}: holds pictures, and no settings.json that tells how they were made: {instead}")
     check_settings(record, settings, folder, instead)
     return settings
+
+def plan_sets(concepts, args):
+    """-> D_ES's sets, one a concept, and D_PR's, without what is to be forgotten; a set is (folder, concept,
+    prompts, count or the user's own pictures). Images of other settings are refused."""
+    forget = [(args.out / "forget" / c["name"], c["name"], c["train"], c.get("pictures", args.n_forget))
+              for c in concepts]
+    folder = args.preserve_dir or args.out / "preserve"
+    by_name = sorted(concepts, key=lambda c: c["name"])  # the same D_PR in whatever order they were given
+    others = {other: [p for t in c["preserve"] if not mentions(p := t.replace("{}", other), concepts)]
+              for c in by_name for other in c["neighbours"] + c["unrelated"]}
+    preserve = {name: (folder / name, name, said, args.n_preserve) for name, said in others.items() if said}
+    if dropped := [name for name in others if name not in preserve]:
+        print(f"to preserve: {len(dropped)} of {len(others)} dropped, they name what is forgotten: " +
+              textwrap.shorten(", ".join(dropped), 120))
+    if args.preserve and preserve:  # one set for the whole file, with the images of eight concepts
+        count = max(len(preserve), 8 * args.n_preserve)
+        preserve = {"": (folder / args.preserve.stem, args.preserve.stem, list(preserve), count)}
+    if not preserve:
+        die("--concept: nothing is left to preserve, all that the files name is to be forgotten")
+    sets = (*forget, *preserve.values())
+    if len({args.out.resolve(), *(one[0].resolve() for one in sets)}) <= len(sets):
+        die(f"--preserve-dir {folder}: is or holds the place of --out or of the forget set: use another one")
+    for one in sets:
+        check_set(*one, args)
+    return forget, list(preserve.values())
 
 def sample_set(load, embeds, folder, concept, prompts, count, args, **made_by):
     """Fill folder with 000.png ... and manifest.json -> [(path, prompt)]; images already there are kept.
@@ -816,51 +878,6 @@ def sample_set(load, embeds, folder, concept, prompts, count, args, **made_by):
             if not file.exists():
                 save_image(image, file)
     return [(file, row["prompt"]) for file, row in zip(files, rows)]
-
-def mentions(phrase, concepts):
-    """Does the phrase name one of the concepts, by its name, the judge's words or, for an object, the
-    detector's (others have wider ones: a man for Elon Musk, a painting for a style)?"""
-    words = [[c["name"], *c["concept"]] + c["detect"] * (c["task"] == "object") for c in concepts]
-    return says(phrase, sum(words, []))
-
-def says(phrase, words):
-    """Does the phrase contain one of the words, without its article, or its regular plural?"""
-    bare = [re.sub("(?i)^(an?|the) ", "", word) for word in words]
-    forms = bare + [re.sub(end, plural, word) for word in bare
-                    for end, plural in (("$", "s"), ("(?<=[sxzoh])$", "es"), ("y$", "ies"), ("fe?$", "ves"))]
-    return any(re.search(rf"(?<!\w){re.escape(form)}(?!\w)", phrase, re.IGNORECASE) for form in forms)
-
-def plan_sets(concepts, args):
-    """-> D_ES's sets, one a concept, and D_PR's, without what is to be forgotten; a set is (folder, concept,
-    prompts, count or the user's own pictures). Images of other settings are refused."""
-    forget = [(args.out / "forget" / c["name"], c["name"], c["train"], c.get("pictures", args.n_forget))
-              for c in concepts]
-    folder = args.preserve_dir or args.out / "preserve"
-    by_name = sorted(concepts, key=lambda c: c["name"])  # the same D_PR in whatever order they were given
-    others = {other: [p for t in c["preserve"] if not mentions(p := t.replace("{}", other), concepts)]
-              for c in by_name for other in c["neighbours"] + c["unrelated"]}
-    preserve = {name: (folder / name, name, said, args.n_preserve) for name, said in others.items() if said}
-    if dropped := [name for name in others if name not in preserve]:
-        print(f"to preserve: {len(dropped)} of {len(others)} dropped, they name what is forgotten: " +
-              textwrap.shorten(", ".join(dropped), 120))
-    if args.preserve and preserve:  # one set for the whole file, with the images of eight concepts
-        count = max(len(preserve), 8 * args.n_preserve)
-        preserve = {"": (folder / args.preserve.stem, args.preserve.stem, list(preserve), count)}
-    if not preserve:
-        die("--concept: nothing is left to preserve, all that the files name is to be forgotten")
-    sets = (*forget, *preserve.values())
-    if len({args.out.resolve(), *(one[0].resolve() for one in sets)}) <= len(sets):
-        die(f"--preserve-dir {folder}: is or holds the place of --out or of the forget set: use another one")
-    for one in sets:
-        check_set(*one, args)
-    return forget, list(preserve.values())
-
-def square(image, size):
-    """Crop square and resize; a pixel of a mask (L) is on if any of those that it covers was."""
-    if image.mode == "L":
-        some = ImageOps.fit(image.point(lambda v: 255 * (v > 127)), (size, size), Image.Resampling.BOX)
-        return some.point(lambda v: 255 * (v > 0))
-    return ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
 
 def import_set(folder, concept, prompts, pictures, args):
     """The user's own pictures and masks, cropped square and named as sample_set names its images."""
