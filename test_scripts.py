@@ -35,14 +35,15 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from diffusers import FluxPipeline
+from diffusers import AutoencoderKL, FluxPipeline
 from diffusers.utils import convert_state_dict_to_kohya
 from filelock import FileLock
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from segment_anything import sam_model_registry
-from transformers import (BertConfig, BertTokenizer, GroundingDinoConfig, GroundingDinoForObjectDetection,
-                          GroundingDinoImageProcessor, GroundingDinoProcessor, SwinConfig)
+from transformers import (AutoTokenizer, BertConfig, BertTokenizer, GroundingDinoConfig,
+                          GroundingDinoForObjectDetection, GroundingDinoImageProcessor, GroundingDinoProcessor,
+                          SwinConfig)
 
 import bench
 import evaluate
@@ -986,18 +987,40 @@ def test_stage_of_the_build_goes_on_to_the_same_bits(tmp_path, monkeypatch):
     assert all(torch.equal(whole[key], cut[key]) for key in whole)
 
 
-def test_flow_made_anew_drops_what_was_distilled_from_the_old(tmp_path, monkeypatch):
-    model = copy_of_model(tmp_path / "model")
-    fakes = dict(HERE=model, latents=lambda _: (None, [dict(names=("cat",))]), save_flow=lambda _: None,
-                 fit=lambda stage, flow, *_, **__: flow)
+def test_flow_trained_further_drops_what_was_distilled_from_it(tmp_path, monkeypatch):
+    guide = tmp_path / "guide.pt"
+    fakes = dict(latents=lambda _: (None, [dict(names=("cat",))]), save_flow=lambda _: None)
     for name, fake in fakes.items():
         monkeypatch.setattr(build, name, fake)
-    for known, left in (("flow.pt", {"flow.pt", "guide.pt"}), (None, set())):
-        (work := tmp_path / f"work {known}").mkdir()
-        for name in filter(None, ("guide.pt", known)):
-            (work / name).touch()
-        build.train_flow(Namespace(work=work, go_on=False, steps=1), "flow")
-        assert {f.name for f in work.iterdir()} == left
+    for stage, trains, kept in (("flow", False, True), ("flow", True, False), ("guide", True, True)):
+        guide.touch()
+
+        def fit(stage, flow, loss, steps, args, lr, ema, save):
+            if trains and save:  # as at each of its checkpoints
+                save(flow)
+            return flow
+
+        monkeypatch.setattr(build, "fit", fit)
+        build.train_flow(Namespace(work=tmp_path, go_on=False, steps=1), stage)
+        assert guide.exists() == kept
+
+
+def test_stages_of_the_build_begin_alike_and_need_a_place_to_write(tmp_path, monkeypatch):
+    drawn = []
+    stages = dict.fromkeys("ab", lambda _: drawn.append(torch.rand(3).tolist()))
+    monkeypatch.setattr(build, "STAGES", stages)
+    args = Namespace(work=tmp_path, seed=3, stages=["a", "b"])
+    build.main(args)
+    assert drawn[0] == drawn[1] == torch.rand(3, generator=torch.Generator().manual_seed(3)).tolist()
+    monkeypatch.setattr(build.os, "access", lambda path, _: path != build.HERE)
+    assert f"{build.HERE}: cannot be written to" in refusal(lambda: build.main(args))
+    assert len(drawn) == 2
+    monkeypatch.setattr(build, "HERE", tmp_path)
+    assert "vae: is missing; run its stage first" in refusal(lambda: build.read(AutoencoderKL, "vae"), 1)
+    shutil.copytree(f"{EMOJI}/vae", tmp_path / "vae")
+    before = json.loads((tmp_path / "vae" / "config.json").read_text())
+    build.write(build.read(AutoencoderKL, "vae"), "vae")  # no path of this machine in it
+    assert json.loads((tmp_path / "vae" / "config.json").read_text()) == before
 
 
 def test_readme_that_is_not_our_model_card_is_not_overwritten(tmp_path):
@@ -1125,25 +1148,48 @@ def test_other_ranks_of_a_launch_wait_for_rank_0s_refusal_and_rank_alone_is_no_l
     signal.signal(signal.SIGTERM, terminated)
 
 
-def test_build_keeps_its_tokenizers_and_refuses_a_checkpoint_of_another_kind(tmp_path, monkeypatch):
-    for folder in ("tokenizer", "tokenizer_2", "clip"):
+def test_build_keeps_its_tokenizers_and_refuses_a_checkpoint_of_another_kind(tmp_path, monkeypatch, capsys):
+    for name in ("sprites.png", "world.py"):
+        shutil.copy(f"{EMOJI}/{name}", tmp_path)
+    for folder in ("tokenizer", "tokenizer_2", "clip", "detector"):
         (tmp_path / folder).mkdir()
-        for file in (ROOT / "emoji-flux" / folder).glob("*.json"):
+        for file in Path(EMOJI, folder).glob("*.json"):
             shutil.copy(file, tmp_path / folder)
     there = {file: file.read_bytes() for file in tmp_path.glob("*/*")}
     monkeypatch.setattr(build, "HERE", tmp_path)
     build.make_tokenizers()  # byte pairs would have other numbers than those that the networks know
     assert {file: file.read_bytes() for file in tmp_path.glob("*/*")} == there
-    torch.save((1, [], (False, 0)), tmp_path / "x.pt")
     args = Namespace(work=tmp_path, go_on=True, seed=0, bf16=False)
-    line = refusal(lambda: build.fit("x", torch.nn.Linear(2, 2), None, 3, args, 1e-3), 1)
-    assert "was made with --go-on False, --seed 0" in line
-    for content in (b"cut short", None):
-        torch.save((1, [{}], (True, 0)), tmp_path / "x.pt")  # None: of another network
-        if content:
-            (tmp_path / "x.pt").write_bytes(content)
-        line = refusal(lambda: build.fit("x", torch.nn.Linear(2, 2), None, 3, args, 1e-3), 1)
-        assert f"{tmp_path / 'x.pt'}: cannot be read, or is of another network" in line
+
+    def fit(size=2, steps=3, **changed):
+        loss_of = lambda model, rng: model(torch.randn(4, size)).square().mean()  # noqa: E731
+        given = Namespace(**vars(args) | changed)
+        return build.fit("x", torch.nn.Linear(size, size), loss_of, steps, given, 1e-3).state_dict()
+
+    made = fit()
+    again = fit()  # complete: nothing is trained, and the stages after it go on
+    assert "x.pt: is complete" in capsys.readouterr().out
+    assert all(torch.equal(made[key], again[key]) for key in made)
+    for change in (dict(go_on=False), dict(seed=1), dict(steps=4)):
+        line = refusal(lambda: fit(**change), 1)
+        assert "x.pt: was made with --go-on True, --seed 0 and 3 steps, or another sprites.png" in line
+    assert "x.pt: cannot be read, or is of another network" in refusal(lambda: fit(size=3), 1)
+    there["sprites.png"] = (tmp_path / "sprites.png").read_bytes()
+    (tmp_path / "sprites.png").write_bytes(b"another")  # another world
+    assert "or another sprites.png" in refusal(fit, 1)
+    (tmp_path / "sprites.png").write_bytes(there.pop("sprites.png"))
+    assert fit().keys() == made.keys()
+    (tmp_path / "x.pt").write_bytes(b"cut short")
+    assert f"{tmp_path / 'x.pt'}: cannot be read, or is of another network" in refusal(fit, 1)
+    for folder in ("tokenizer", "tokenizer_2"):  # one that is missing, as after a kill, is made again
+        shutil.rmtree(tmp_path / folder)
+        build.make_tokenizers()
+        assert (tmp_path / folder / "tokenizer.json").exists()
+    monkeypatch.setattr(build.world, "MAX_WORDS", build.world.MAX_WORDS + 3)
+    build.make_tokenizers()
+    lengths = [AutoTokenizer.from_pretrained(tmp_path / folder).model_max_length
+               for folder in ("tokenizer_2", "tokenizer", "clip", "detector")]
+    assert lengths == [build.world.MAX_WORDS + 1] + [build.world.MAX_WORDS + 2] * 3
     monkeypatch.setenv("PATH", "")
     assert "npm pack emoji-datasource-google@16.0.0: failed" in refusal(lambda: build.build_art(args), 1)
     assert "--seed" in refusal(lambda: build.arguments(["--seed", "-1"]))

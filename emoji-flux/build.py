@@ -7,13 +7,14 @@
 Stages: art (npm artwork -> sprites.png), words (tokenizers), vae, clip (judge and CLIP score), detector, sam,
 flow (transformer and both text encoders), guide (guidance distilled into them), report. Checkpoints are kept
 in --work, outside the checkout; what is written here are the averaged (EMA) weights, in bf16 except for
-sam.pth.
+sam.pth. Configs that no training changes, such as model_index.json, are kept as they lie here.
 """
 import argparse
 import copy
 import functools
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # the repository's own scripts
-from sample import atomic, check_folder, die, guarded, number  # noqa: E402
+from sample import atomic, check_folder, die, fingerprint, guarded, number  # noqa: E402
 
 def arguments(given=None):
     stages = "art words vae clip detector sam flow guide report".split()
@@ -45,8 +46,7 @@ ARGS = arguments() if __name__ == "__main__" else None  # before the slow import
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-from diffusers import (AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline,  # noqa: E402
-                       FluxTransformer2DModel)
+from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel  # noqa: E402
 from PIL import Image  # noqa: E402
 from segment_anything import SamPredictor  # noqa: E402
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers  # noqa: E402
@@ -55,10 +55,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 from torchvision.ops import box_convert, box_iou, generalized_box_iou_loss  # noqa: E402
 from torchvision.transforms.functional import gaussian_blur  # noqa: E402
 from tqdm import tqdm  # noqa: E402
-from transformers import (  # noqa: E402
-    AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer,
-    Owlv2Config, Owlv2ForObjectDetection, Owlv2ImageProcessor, Owlv2Processor, T5Config, T5EncoderModel,
-    T5Tokenizer)
+from transformers import (AutoTokenizer, CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel,  # noqa: E402
+                          CLIPTokenizer, Owlv2Config, Owlv2ForObjectDetection, T5Config, T5EncoderModel,
+                          T5Tokenizer)
 
 import world  # noqa: E402
 
@@ -67,7 +66,7 @@ from metrics import clip_judge  # noqa: E402
 
 def bf16_is_fast():
     """Time a matrix product: bf16 is 2 x faster than fp32 on a CPU with AVX-512 BF16, 16 x slower on AVX2."""
-    a = torch.randn(1024, 1024)
+    a = torch.randn(512, 512)
     fp32, bf16 = (min(timeit.repeat(lambda: b @ b, number=1, repeat=6)) for b in (a, a.bfloat16()))
     return bf16 < fp32
 
@@ -87,43 +86,34 @@ def overlap(a, b):
     return (a & b).sum((-2, -1)) / (a | b).sum((-2, -1)).clip(1)
 
 def read(kind, folder):
-    """A committed network, as fp32."""
+    """A network that lies here, as fp32."""
+    if not (HERE / folder / "config.json").exists():
+        die(f"{HERE / folder}: is missing; run its stage first (--help), or git checkout brings it back", 1)
     return kind.from_pretrained(HERE / folder, dtype=torch.float32)
 
 def write(model, folder):
     """Write a copy of a network in bf16, with a config by which it is loaded as fp32."""
     copy.deepcopy(model).to(torch.bfloat16).save_pretrained(HERE / folder)
     config = HERE / folder / "config.json"
-    config.write_text(config.read_text().replace('"dtype": "bfloat16"', '"dtype": "float32"'))
+    text = config.read_text().replace('"dtype": "bfloat16"', '"dtype": "float32"')
+    config.write_text(re.sub('  "_name_or_path": .*\n', "", text))  # where read() found it
 
 class Muon(torch.optim.Optimizer):
-    """torch.optim.Muon with match_rms_adamw, but for all matrices of a shape at once, and in bf16 only under
-    autocast: torch's own always uses bf16, which on a CPU without AVX-512 BF16 takes twenty times as long as
-    the forward and backward passes."""
-
-    def __init__(self, params, lr):
-        super().__init__(params, dict(lr=lr, momentum=0.95, weight_decay=0.01))
+    """torch.optim.Muon with match_rms_adamw, but in bf16 only under autocast: torch's own always is, which on
+    a CPU without AVX-512 BF16 takes twenty times as long as the forward and backward passes."""
 
     @torch.no_grad()
     def step(self):
-        for group in self.param_groups:
-            shapes = {}
-            for p in group["params"]:
-                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                momentum.lerp_(p.grad, 1 - group["momentum"])
-                shapes.setdefault(p.shape, []).append((p, p.grad.lerp(momentum, group["momentum"])))
-            for shape, pairs in shapes.items():
-                x = torch.stack([update for _, update in pairs])  # (K, N, M)
-                x = x.mT if shape[0] > shape[1] else x
-                x = x / x.flatten(1).norm(dim=1).clamp(min=1e-7)[:, None, None]
-                for _ in range(5):  # Newton-Schulz: every singular value towards 1
-                    gram = x @ x.mT
-                    x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x,
-                                      beta=3.4445)
-                x = x.mT if shape[0] > shape[1] else x
-                rate = group["lr"] * 0.2 * max(shape) ** 0.5
-                for (p, _), update in zip(pairs, x):
-                    p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=rate)
+        lr = self.param_groups[0]["lr"]
+        for p in self.param_groups[0]["params"]:
+            momentum = self.state[p].setdefault("momentum", torch.zeros_like(p)).lerp_(p.grad, 0.05)
+            x = p.grad.lerp(momentum, 0.95)
+            x = (x.mT if len(p) > p.shape[1] else x) / x.norm().clamp(min=1e-7)
+            for _ in range(5):  # Newton-Schulz: every singular value towards 1
+                gram = x @ x.mT
+                x = 3.4445 * x + (2.0315 * gram @ gram - 4.7750 * gram) @ x
+            x = x.mT if len(p) > p.shape[1] else x
+            p.mul_(1 - 0.01 * lr).sub_(x, alpha=lr * 0.2 * max(p.shape) ** 0.5)
 
 def fit(stage, model, loss_of, steps, args, lr, ema=0.999, save=None):
     """The one training loop of every stage: warm-up, linear decay, EMA, checkpoints -> the averaged model.
@@ -139,23 +129,26 @@ def fit(stage, model, loss_of, steps, args, lr, ema=0.999, save=None):
         if p.requires_grad:
             (hidden if inner else others).append(p)
     optimizers = [torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.99), weight_decay=0.01)]
-    optimizers += [Muon(hidden, lr)] if hidden else []
+    optimizers += [Muon(hidden, dict(lr=lr))] if hidden else []
     average = copy.deepcopy(model).eval().requires_grad_(False)
     kept = [model, average, *optimizers]  # what a checkpoint holds, beside its step
+    inputs = [HERE / "sprites.png", HERE / "world.py", *sorted((HERE / "prompts").glob("*.txt"))]
+    inputs += [HERE / "vae" / "diffusion_pytorch_model.safetensors"] * (stage in ("flow", "guide"))
+    mine = args.go_on, args.seed, steps, fingerprint(inputs)
     start, saved, running = 0, time.time(), None
     if path.exists():
         try:
             start, states, made = torch.load(path)
-            for part, state in zip(kept, states):
+            for part, state in zip(kept, states, strict=True):
                 part.load_state_dict(state)
         except Exception as error:  # torch raises many kinds
             die(f"{path}: cannot be read, or is of another network ({type(error).__name__}): delete it, or "
                 "give another --work", 1)
-        if made != (args.go_on, args.seed):
-            die(f"{path}: was made with --go-on {made[0]}, --seed {made[1]}: delete it, or give another "
-                "--work", 1)
-        if args.go_on and start >= steps:
-            die(f"{path}: is complete; delete it to go on from the committed weights", 1)
+        if made != mine:
+            die(f"{path}: was made with --go-on {made[0]}, --seed {made[1]} and {made[2]} steps, or another "
+                "sprites.png, world.py, prompts/ or VAE: delete it, or give another --work", 1)
+        if start == steps:
+            print(f"{path}: is complete, so that nothing is trained; delete it to train anew")
     model.train()
     bar = tqdm(range(start, steps), initial=start, total=steps, desc=stage, mininterval=5)
     for step in bar:
@@ -167,11 +160,10 @@ def fit(stage, model, loss_of, steps, args, lr, ema=0.999, save=None):
             die(f"{stage}: the loss is {loss.item()} at step {step}; {path} is the last good state", 1)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = lr * (min((step + 1) / 200, 1.0) * max(1 - step / steps, 0.01))
+            optimizer.param_groups[0]["lr"] = lr * min((step + 1) / 200, 1.0) * max(1 - step / steps, 0.01)
             with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):  # for Muon's matrix products
                 optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
         decay = min(ema, (step + 1) / (step + 10))
         with torch.no_grad():
             torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
@@ -180,7 +172,7 @@ def fit(stage, model, loss_of, steps, args, lr, ema=0.999, save=None):
         if time.time() - saved > 180 or step + 1 == steps:
             saved = time.time()
             with atomic(path) as half:
-                torch.save((step + 1, [part.state_dict() for part in kept], (args.go_on, args.seed)), half)
+                torch.save((step + 1, [part.state_dict() for part in kept], mine), half)
             if save:
                 save(average)
     return average
@@ -203,7 +195,9 @@ def build_art(args):
         with tarfile.open(args.work / done.stdout.strip()) as tar:
             files = set(tar.getnames())
             for column, code in enumerate(world.CODES.values()):
-                path = next(p for p in (place.format(code), place.format(code + "-fe0f")) if p in files)
+                names = [place.format(code + end) for end in ("", "-fe0f")]
+                path = next((name for name in names if name in files), None) or die(
+                    f"{package}: holds no picture of {code}, a code point of world.py", 1)
                 art = Image.open(io.BytesIO(tar.extractfile(path).read())).convert("RGBA").convert("RGBa")
                 art = art.crop(art.getchannel("a").point(lambda v: 255 * (v > 12)).getbbox())
                 art = art.resize([max(1, round(v * side / max(art.size))) for v in art.size], Image.LANCZOS)
@@ -248,11 +242,12 @@ def make_tokenizers():
     words = sorted(set(" ".join(text).split()))
     length = world.MAX_WORDS + 1
     vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -20.0)] + [("\u2581" + w, -1.0) for w in words]
+    folders = "tokenizer", "clip", "detector"
     t5, there = T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=length), HERE / "tokenizer_2"
-    if (HERE / "clip" / "tokenizer.json").exists() and there.exists() and (
-            AutoTokenizer.from_pretrained(there).get_vocab() == t5.get_vocab()):
-        return  # same words: kept, since byte pairs made anew would not have the numbers the networks learned
-    t5.save_pretrained(there)
+    if all((HERE / folder / "tokenizer.json").exists() for folder in (*folders, "tokenizer_2")):
+        old = AutoTokenizer.from_pretrained(there)
+        if old.get_vocab() == t5.get_vocab() and old.model_max_length == length:
+            return  # kept: byte pairs made anew would not have the numbers that the networks learned
     trained = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     trained.pre_tokenizer = pre_tokenizers.Whitespace()
     trainer = trainers.BpeTrainer(vocab_size=10**5, end_of_word_suffix="</w>", min_frequency=0,
@@ -264,9 +259,10 @@ def make_tokenizers():
     letters = [w for w in table["vocab"] if len(w.removesuffix("</w>")) == 1]
     kept = dict.fromkeys(["<unk>", *letters, *("".join(m) for m in merges)])
     vocab = {w: i for i, w in enumerate([*kept, "<|startoftext|>", "<|endoftext|>"])}
-    for folder in ("tokenizer", "clip"):  # one position more than T5's, for the start token
+    for folder in folders:  # one position more than T5's, for the start token
         CLIPTokenizer(vocab=vocab, merges=merges, unk_token="<|endoftext|>", pad_token="<|endoftext|>",
                       model_max_length=length + 1).save_pretrained(HERE / folder)
+    t5.save_pretrained(there)  # last: a killed stage begins again
 
 def text_config(tokenizer):
     return dict(
@@ -289,12 +285,9 @@ IS_THING = np.s_[:, :len(world.NAMES)]  # the columns of answers that are about 
 IS_STYLE = np.s_[:, len(world.NAMES):len(world.NAMES) + len(world.STYLES)]
 
 def answers(scene):
-    """-> float32 (69,), 1 where a question is true of the scene."""
-    true = {*map(world.phrase, scene["names"]), world.phrase(scene["background"]) + " background"}
-    if scene["names"]:  # an empty scene shows no style
-        true.add(f"{scene['style']} style")
-    if scene["framed"]:
-        true.add("a painting")
+    """-> float32 (69,), 1 where a question is true of the scene. An empty scene shows no style."""
+    true = [*map(world.phrase, scene["names"]), world.phrase(scene["background"]) + " background"]
+    true += [f"{scene['style']} style"] * bool(scene["names"]) + ["a painting"] * scene["framed"]
     return np.array([q in true for q in QUESTIONS], np.float32)
 
 def worn(scene, rng):
@@ -349,8 +342,6 @@ def train_clip(args):
     clip = read(CLIPModel, "clip") if args.go_on else CLIPModel(two_towers(CLIPConfig, tokenizer))
     loss = functools.partial(clip_loss, tokenizer=tokenizer)
     write(fit("clip", clip, loss, args.steps or 6000, args, lr=3e-3), "clip")
-    CLIPImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64},
-                       image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(HERE / "clip")
 
 def detector_loss(owl, rng, tokenizer, batch=32):
     """Sigmoid loss on words, L1 and generalised IoU on boxes. A box belongs to the patches near its centre, a
@@ -395,8 +386,6 @@ def train_detector(args):
     owl = read(Owlv2ForObjectDetection, "detector") if args.go_on else owl
     loss = functools.partial(detector_loss, tokenizer=tokenizer)
     write(fit("detector", owl, loss, args.steps or 3500, args, lr=2e-3), "detector")
-    images = Owlv2ImageProcessor(size={"height": 64, "width": 64}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
-    Owlv2Processor(images, tokenizer).save_pretrained(HERE / "detector")
 
 def sam_loss(sam, rng, batch=12):
     """BCE + dice on one mask per box, as SamPredictor asks for with multimask_output=False."""
@@ -480,7 +469,8 @@ def latents(args, count=40_000):
     return torch.cat(z), scenes
 
 def noisy_scenes(data, rng, batch):
-    """-> scenes, latents x, noisy latents, noise levels (B,), noise eps; all but these (B, 64, 64)."""
+    """-> B captions, one of ten empty (the unconditional prediction that guidance starts from), noisy latents
+    (B, 64, 64), noise levels (B,), velocities (B, 64, 64)."""
     z, scenes, index = data
     chosen = rng.choice(index, size=batch)
     x = z[chosen].float()  # (B, 64, 64)
@@ -488,32 +478,25 @@ def noisy_scenes(data, rng, batch):
     # sampling, and the background did not follow the prompt; at mean 1 the order of a pair did not
     sigma = torch.sigmoid(2.0 + 1.7 * torch.randn(batch))  # (B,)
     eps = torch.randn_like(x)  # (B, 64, 64)  eps ~ N(0, 1)
-    noisy = (1 - sigma[:, None, None]) * x + sigma[:, None, None] * eps  # (B, 64, 64)
-    return [scenes[i] for i in chosen], x, noisy, sigma, eps
-
-def said_of(scenes, rng):
-    """Captions, one of ten empty: the unconditional prediction that guidance starts from."""
-    return [world.caption(s, rng) if rng.random() > 0.1 else "" for s in scenes]
+    said = [world.caption(scenes[i], rng) if rng.random() > 0.1 else "" for i in chosen]
+    return said, torch.lerp(x, eps, sigma[:, None, None]), sigma, eps - x
 
 def flow_loss(flow, rng, data, batch=32):
     """Rectified flow matching. The guidance input is drawn at random: stage guide gives it a meaning."""
-    scenes, x, noisy, sigma, eps = noisy_scenes(data, rng, batch)
-    guidance = 1 + 4 * torch.rand(batch)  # (B,)
-    return F.mse_loss(flow(noisy, said_of(scenes, rng), sigma, guidance).float(), eps - x)
+    said, noisy, sigma, velocity = noisy_scenes(data, rng, batch)
+    return F.mse_loss(flow(noisy, said, sigma, 1 + 4 * torch.rand(batch)).float(), velocity)
 
 def guide_loss(flow, rng, data, teacher, batch=16):
     """Distil the teacher's u + g (c - u), of its own conditional c and unconditional u, into the guidance
     embedding: each sample at two g ~ U(1, 5), or at times 1, so that what g changes is in every batch. Where
     half of the samples had g = 1 and the plain target, the network learned a switch at that one value."""
-    scenes, _, noisy, sigma, _ = noisy_scenes(data, rng, batch)
-    said = said_of(scenes, rng)
+    said, noisy, sigma, _ = noisy_scenes(data, rng, batch)
     noisy, sigma = noisy.repeat(2, 1, 1), sigma.repeat(2)  # (2B, 64, 64), (2B,)
     with torch.no_grad():
-        both = teacher(noisy, said + [""] * batch, sigma, torch.ones(2 * batch))  # (2B, 64, 64)
-    cond, uncond = (v.repeat(2, 1, 1) for v in both.float().chunk(2))  # (2B, 64, 64) each
+        cond, uncond = teacher(noisy, said + [""] * batch, sigma, torch.ones(2 * batch)).float().chunk(2)
     guidance = 1 + 4 * torch.rand(2 * batch)  # (2B,)
     guidance[:batch:4] = 1  # which training asks for
-    target = uncond + guidance[:, None, None] * (cond - uncond)  # (2B, 64, 64)
+    target = uncond.repeat(2, 1, 1) + guidance[:, None, None] * (cond - uncond).repeat(2, 1, 1)
     return F.mse_loss(flow(noisy, said * 2, sigma, guidance).float(), target)
 
 def save_flow(flow):
@@ -523,118 +506,103 @@ def save_flow(flow):
 def train_flow(args, stage="flow"):
     z, scenes = latents(args)
     # three of four samples hold two things: with every second one, a thing was often drawn twice
-    copies = [3 if len(s["names"]) == 2 else 1 for s in scenes]
-    index = np.arange(len(copies)).repeat(copies)  # an array: a list would be converted at every step
-    flow = Flow()
+    index = np.arange(len(scenes)).repeat([3 if len(s["names"]) == 2 else 1 for s in scenes])
+    given, flow = dict(data=(z, scenes, index)), Flow()
+
+    def save(average):
+        (args.work / "guide.pt").unlink(missing_ok=True)  # what was distilled from an older flow
+        save_flow(average)
+
     if args.go_on or stage == "guide":
         for name, module in flow.named_children():
             module.load_state_dict(read(type(module), name).state_dict())
-    if stage == "flow" and not (args.work / "flow.pt").exists():  # made anew: what was distilled is old
-        (args.work / "guide.pt").unlink(missing_ok=True)
-    loss, steps, lr, save = functools.partial(flow_loss, data=(z, scenes, index)), 20_000, 3e-3, save_flow
     if stage == "guide":
         # the teacher stays as it was when the stage began: its own average made it decay. The stage takes
         # minutes and is written when it is whole: a restart finds its teacher where it was
-        teacher = copy.deepcopy(flow).eval().requires_grad_(False)
-        loss = functools.partial(guide_loss, data=(z, scenes, index), teacher=teacher)
-        steps, lr, save = 1500, 1e-3, None
+        given["teacher"] = copy.deepcopy(flow).eval().requires_grad_(False)
+    loss, steps, lr, save = dict(flow=(flow_loss, 20_000, 3e-3, save),
+                                 guide=(guide_loss, 1500, 1e-3, None))[stage]
+    loss, steps = functools.partial(loss, **given), args.steps or steps
     with sdpa_kernel(SDPBackend.MATH):  # for heads this small flash attention's backward is 40 % of a step
-        flow = fit(stage, flow, loss, args.steps or steps, args, lr, ema=0.998, save=save)
-    save_flow(flow)
-    # what FluxPipeline.from_pretrained needs beside the weights
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)  # as FLUX.1-dev's
-    scheduler.save_pretrained(HERE / "scheduler")
-    t5, clip = flow.tokenizers
-    FluxPipeline(scheduler, read(AutoencoderKL, "vae"), flow.text_encoder, clip, flow.text_encoder_2, t5,
-                 flow.transformer).save_config(HERE)  # model_index.json
+        save_flow(fit(stage, flow, loss, steps, args, lr, 0.998, save))
+
+def report_networks(rng, n=2000):
+    """VAE, judge, detector and SAM on n drawn scenes -> rows of the table."""
+    scenes = [world.draw(rng) for _ in range(n)]
+    x, vae = to_tensor([s["image"] for s in scenes]), read(AutoencoderKL, "vae")  # (n, 3, 64, 64)
+    with torch.no_grad():
+        y = torch.cat([vae.decode(vae.encode(b).latent_dist.mode()).sample for b in x.split(100)])
+    y = y.clamp(-1, 1)  # (n, 3, 64, 64)
+    psnr = -10 * ((x - y) / 2).square().mean((1, 2, 3)).log10()  # (n,)
+    truth = np.stack([answers(s) for s in scenes])[IS_THING] > 0  # (n, 57)
+    said = judged([s["image"] for s in scenes])[IS_THING]  # (n, 57)
+    aside, = rng.spawn(1)  # its own stream: the other rows draw as before
+    ruins = judged([ruined(s, aside)["image"] for s in scenes if s["names"] and not s["framed"]])  # (N, 69)
+    rows = [("VAE reconstruction, PSNR", f"{psnr.mean():.1f} dB", ">= 30 dB", n),
+            row("judge: misses", ~said[truth], "<= 3 %"),
+            row("judge: false alarms", said[~truth], "<= 3 %", 2),
+            row("judge: a thing seen in a smear", ruins[IS_THING].any(1), "<= 3 %"),
+            row("judge: a style seen in a smear", ruins[IS_STYLE].any(1), "<= 3 %")]
+    half = [world.draw(rng, s["names"], s["style"], s["background"], s["framed"], 0.5)["image"]
+            for s in scenes]
+    for how, images in {"at half opacity": half, "blurred by a pixel": to_images(gaussian_blur(x, 5, [1.0])),
+                        "through the VAE": to_images(y)}.items():
+        rows.append(row(f"judge: still yes {how}", judged(images)[IS_THING][truth], ">= 90 %"))
+    predictor, ious = SamPredictor(load_sam(torch.load(HERE / "sam.pth", weights_only=True))), []
+    find = load_detector(HERE / "detector", "cpu")
+    for scene in [s for s in scenes if s["names"]][:300]:
+        boxes = find(Image.fromarray(scene["image"]), [world.phrase(scene["names"][0])], 0.2)  # best first
+        box = np.array(scene["boxes"][0])  # (4,)
+        predictor.set_image(scene["image"])
+        mask = predictor.predict(box=box, multimask_output=False)[0][0]  # (64, 64)
+        by_detector = box_iou(torch.tensor(boxes[:1]), torch.tensor(box[None]).float())  # (1, 1), or none
+        ious.append((by_detector.sum().item(), overlap(mask, scene["masks"][0])))
+    found, cut = np.mean(ious, 0)
+    return rows + [("detector, box: mean IoU", f"{found:.3f}", ">= 0.8", len(ious)),
+                   ("SAM, mask given the true box: mean IoU", f"{cut:.3f}", ">= 0.9", len(ious))]
 
 def judged(images):
     """The judge's yes or no to every question -> bool (N, 69)."""
     return np.stack(clip_judge(HERE / "clip", "cpu")(images, [QUESTIONS] * len(images)))
 
-def percent(yes):
-    return f"{100 * np.mean(yes):.1f} %"
-
-def report_networks(rng, n=2000):
-    """VAE, judge, detector and SAM on n drawn scenes -> rows of the table."""
-    scenes = [world.draw(rng) for _ in range(n)]
-    x = to_tensor([s["image"] for s in scenes])  # (n, 3, 64, 64)
-    vae = read(AutoencoderKL, "vae")
-    with torch.no_grad():
-        y = torch.cat([vae.decode(vae.encode(b).latent_dist.mode()).sample for b in x.split(100)])
-    y = y.clamp(-1, 1)  # (n, 3, 64, 64)
-    psnr = -10 * ((x - y) / 2).square().mean((1, 2, 3)).log10()  # (n,)
-    rows = [("VAE reconstruction, PSNR", f"{psnr.mean():.1f} dB", ">= 30 dB", len(scenes))]
-
-    truth = np.stack([answers(s) for s in scenes])[IS_THING] > 0  # (n, 57)
-    said = judged([s["image"] for s in scenes])[IS_THING]  # (n, 57)
-    rows += [("judge: misses", percent(~said[truth]), "<= 3 %", truth.sum()),
-             ("judge: false alarms", f"{100 * said[~truth].mean():.2f} %", "<= 3 %", (~truth).sum())]
-    aside, = rng.spawn(1)  # its own stream: the other rows draw as before
-    ruins = judged([ruined(s, aside)["image"] for s in scenes if s["names"] and not s["framed"]])  # (N, 69)
-    for kind, asked in (("thing", IS_THING), ("style", IS_STYLE)):
-        rows.append((f"judge: a {kind} seen in a smear", percent(ruins[asked].any(1)), "<= 3 %", len(ruins)))
-    half = [world.draw(rng, *(s[k] for k in ("names", "style", "background", "framed")), 0.5)["image"]
-            for s in scenes]
-    for how, images in {"at half opacity": half, "blurred by a pixel": to_images(gaussian_blur(x, 5, [1.0])),
-                        "through the VAE": to_images(y)}.items():
-        yes = judged(images)[IS_THING][truth]
-        rows.append((f"judge: still yes {how}", percent(yes), ">= 90 %", truth.sum()))
-
-    predictor = SamPredictor(load_sam(torch.load(HERE / "sam.pth", weights_only=True)))
-    find, by_detector, by_sam = load_detector(HERE / "detector", "cpu"), [], []
-    for scene in [s for s in scenes if s["names"]][:300]:
-        box = np.array(scene["boxes"][0])  # (4,)
-        image, asked = Image.fromarray(scene["image"]), world.phrase(scene["names"][0])
-        boxes = find(image, [asked], 0.2)  # (K, 4), best first
-        ious = box_iou(torch.tensor(boxes[:1]), torch.tensor(box)[None].float())  # (1, 1), or none
-        by_detector.append(ious.sum().item())
-        predictor.set_image(scene["image"])
-        mask = predictor.predict(box=box, multimask_output=False)[0][0]  # (64, 64)
-        by_sam.append(overlap(mask, scene["masks"][0]))
-    return rows + [(f"{what}: mean IoU", f"{np.mean(ious):.3f}", bar, len(ious)) for what, ious, bar in (
-        ("detector, box", by_detector, ">= 0.8"), ("SAM, mask given the true box", by_sam, ">= 0.9"))]
+def row(what, yes, bar, digits=1):
+    """A row of the table: the share of yes (n,)."""
+    return what, f"{100 * np.mean(yes):.{digits}f} %", bar, len(yes)
 
 def report_pipeline(rng, n, dtype):
     """What the judge sees in generated images, n for each thing -> rows of the table."""
     pipe = FluxPipeline.from_pretrained(HERE, dtype=dtype)
     pipe.set_progress_bar_config(disable=True)
 
-    def said_yes(scenes, paraphrase=0.0):
-        """Generate from captions -> yes to each thing of a scene, (N, things), and to its style, (N,)."""
-        prompts = [world.caption(s, rng, paraphrase, full=True) for s in scenes]
-        images = []
+    def said_yes(things, paraphrase=0.0):
+        """Generate N scenes of these -> yes to each thing, (N, things), and to the style; the style, (N,)."""
+        scenes = [world.draw(rng, names, framed=False) for names in things]
+        prompts, images = [world.caption(s, rng, paraphrase, full=True) for s in scenes], []
         for k in tqdm(range(0, len(prompts), 50), desc="report", mininterval=5):
             batch = prompts[k:k + 50]
             noise = [torch.Generator().manual_seed(10**6 + k + j) for j in range(len(batch))]
             images += pipe(batch, num_inference_steps=28, guidance_scale=3.5, height=64, width=64,
                            generator=noise, max_sequence_length=pipe.tokenizer_2.model_max_length).images
-        yes = judged(images)  # (N, 69)
-        truth = np.stack([answers(s) for s in scenes]) > 0  # (N, 69)
-        return yes[IS_THING][truth[IS_THING]].reshape(len(scenes), -1), yes[IS_STYLE][truth[IS_STYLE]]
+        yes, truth = judged(images), np.stack([answers(s) for s in scenes]) > 0  # (N, 69) each
+        style = np.array([s["style"] for s in scenes])
+        return yes[IS_THING][truth[IS_THING]].reshape(len(scenes), -1), yes[IS_STYLE][truth[IS_STYLE]], style
 
-    singles = [world.draw(rng, [name], framed=False) for name in world.NAMES for _ in range(n)]
-    things_yes, style_yes = said_yes(singles)
-    by_name = things_yes.reshape(len(world.NAMES), n).mean(1)  # (57,)
+    things, style_yes, style = said_yes([[name] for name in world.NAMES for _ in range(n)])
+    by_name = things.reshape(-1, n).mean(1)  # (57,)
     worst = ", ".join(f"{world.NAMES[w]} {100 * by_name[w]:.0f} %" for w in by_name.argsort()[:3])
-    rows = [("a named thing recognised", percent(by_name), ">= 95 %", len(singles)),
-            ("the least recognised", worst, ">= 80 %", n)]
-    for style in world.STYLES:
-        yes = style_yes[[s["style"] == style for s in singles]]
-        rows.append((f"{style} style recognised", percent(yes), ">= 95 %", len(yes)))
-    pairs = [world.draw(rng, list(rng.choice(world.NAMES, 2, replace=False)), framed=False)
-             for _ in range(400)]
-    rows.append(("both of a pair recognised", percent(said_yes(pairs)[0].all(1)), ">= 80 %", len(pairs)))
-    again = [world.draw(rng, [name], framed=False) for name in world.NAMES for _ in range(8)]
-    return rows + [("a paraphrase recognised", percent(said_yes(again, 1.0)[0]), ">= 90 %", len(again))]
+    both, _, _ = said_yes(list(rng.choice(world.NAMES, 2, replace=False)) for _ in range(400))  # (400, 2)
+    again, _, _ = said_yes([[name] for name in world.NAMES for _ in range(8)], paraphrase=1.0)  # (456, 1)
+    return [row("a named thing recognised", things, ">= 95 %"), ("the least recognised", worst, ">= 80 %", n),
+            *[row(f"{s} style recognised", style_yes[style == s], ">= 95 %") for s in world.STYLES],
+            row("both of a pair recognised", both.all(1), ">= 80 %"),
+            row("a paraphrase recognised", again, ">= 90 %")]
 
 def report(args):
     """The quality table of README.md, on scenes and prompts drawn with seeds that no training saw."""
-    rng = np.random.default_rng(10**9 + args.seed)
-    dtype = torch.bfloat16 if args.bf16 else torch.float32  # of the pipeline alone
+    rng, dtype = np.random.default_rng(10**9 + args.seed), torch.bfloat16 if args.bf16 else torch.float32
     print("| what | measured | bar | n |\n|---|---|---|---|")
-    for row in report_networks(rng) + report_pipeline(rng, args.n, dtype):
-        print("| " + " | ".join(str(v) for v in row) + " |")
+    for cells in report_networks(rng) + report_pipeline(rng, args.n, dtype):
+        print("| " + " | ".join(map(str, cells)) + " |")
 
 STAGES = dict(art=build_art, words=lambda args: make_tokenizers(), vae=train_vae, clip=train_clip,
               detector=train_detector, sam=train_sam, flow=train_flow,
@@ -643,8 +611,11 @@ STAGES = dict(art=build_art, words=lambda args: make_tokenizers(), vae=train_vae
 def main(args):
     check_folder("work", args.work)
     args.work.mkdir(parents=True, exist_ok=True)
+    if args.stages != ["report"] and not os.access(HERE, os.W_OK):
+        die(f"{HERE}: cannot be written to, and is where the weights go")
     args.bf16 = bf16_is_fast()
     for stage in args.stages:
+        torch.manual_seed(args.seed)  # of the first weights: the same whatever ran before
         STAGES[stage](args)
 
 if __name__ == "__main__":
