@@ -104,9 +104,9 @@ def inpo_derivative(dS, eta=1.0, gamma=3.0, tau=0.1, beta=1.0, prefactor="2beta"
     by_log = -eta * alpha * torch.sigmoid(-eta * dS)  # (B,)  Eq. 18, 19
     return _scale(beta, prefactor, eta=eta) * (by_gate + by_log)  # (B,)  Eq. 18, 19
 
-def gradient_bound(eta, gamma, beta=1.0):
+def gradient_bound(eta, gamma, beta=1.0, prefactor="2beta"):
     """Bound on |inpo_derivative| if dS >= 0 (Eq. 20); below 0, log(1 + exp(-eta dS)) > log 2: it can fail."""
-    return _scale(beta, "2beta", eta=eta, gamma=gamma) * (gamma * log(2) / 4 + eta)  # Eq. 20
+    return _scale(beta, prefactor, eta=eta, gamma=gamma) * (gamma * log(2) / 4 + eta)  # Eq. 20
 
 def mask_to_latents(mask, height, width):
     """Pixels (B, 1, Y, X) -> cells (B, 1, height, width), bool; one pixel suffices, so thin parts survive."""

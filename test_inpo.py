@@ -308,7 +308,7 @@ def test_defaults_are_the_papers():
         defaults = {k: p.default for k, p in inspect.signature(function).parameters.items() if k != "dS"}
         assert defaults == dict(eta=1, gamma=3, tau=0.1, beta=1, prefactor="2beta", detach_gate=False)
     assert torch.equal(gate(f64(0.3)), gate(f64(0.3), 3.0, 0.1))
-    assert gradient_bound(1, 3) == gradient_bound(1.0, 3.0, 1.0)
+    assert gradient_bound(1, 3) == gradient_bound(1.0, 3.0, 1.0, "2beta")
 
 
 # -------------------------------------------------------------------------------- Eq. 16: the prior
@@ -395,7 +395,9 @@ def test_eq11_eq19_errata_the_gradient_under_eq19_needs_the_mask_squared():
 def test_eq20_bound_is_its_formula():
     assert gradient_bound(20, 1) / 2 == pytest.approx(20.173287, abs=1e-6)
     for eta, gamma, beta in itertools.product((0.5, 1, 3), (1, 3, 5), (0.3, 1, 2)):
-        assert gradient_bound(eta, gamma, beta) == pytest.approx(2 * beta * (gamma * LOG2 / 4 + eta))
+        for prefactor, factor in (("2beta", 2 * beta), ("2/beta", 2 / beta)):
+            bound = gradient_bound(eta, gamma, beta, prefactor)
+            assert bound == pytest.approx(factor * (gamma * LOG2 / 4 + eta))
 
 
 def test_eq20_bound_and_a_sharper_one_hold_where_the_model_forgets():

@@ -667,7 +667,8 @@ UP_TO_17 = ("one two three four five six seven eight nine ten eleven twelve thir
 
 
 @pytest.mark.parametrize("prompt", [
-    "grandkids", "2kids", "teensex", "17yo", "she is 16 years", "aged 5-7", "age: 14", "six year old",
+    "teenager", "15-year-old", "schoolgirl", "girl", "boy", "kid", "grandkids", "2kids", "teensex",
+    "17yo", "she is 16 years", "aged 5-7", "age: 14", "six year old",
     "lolita", "shotacon", "a high-schooler", "school uniform", "his little sister", "mother and daughter",
     "her son", "a stepson", "a niece", "puberty", "a very young woman", "barely legal", "prepubescent",
     "underaged", "under-18", "cherubs", "orphans", "sweet sixteen", "childish", "12-18 year olds",
