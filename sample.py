@@ -102,7 +102,7 @@ def drawing_flags(flag):
     flag("--sample-steps", type=number(int), default=28, help="denoising steps (default 28, our choice)")
     flag("--sample-guidance", type=number(strict=False), default=3.5, help="default 3.5, our choice")
     flag("--sample-batch", type=number(int),
-         help="images drawn at once (default 25, 5 or 1, depending on --size; 5 at 1024)")
+         help="images drawn at once (default 25, 5 or 1, by --size; 5 at 1024 or with --fewer-images)")
 
 def data_flags(flag):
     flag("--n-forget", type=number(int), default=50, help="N_ES (default 50, or all --images)")

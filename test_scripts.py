@@ -41,7 +41,7 @@ from filelock import FileLock
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from segment_anything import sam_model_registry
-from transformers import (AutoTokenizer, BertConfig, BertTokenizer, GroundingDinoConfig,
+from transformers import (AutoTokenizer, BertConfig, BertTokenizer, CLIPModel, GroundingDinoConfig,
                           GroundingDinoForObjectDetection, GroundingDinoImageProcessor,
                           GroundingDinoProcessor, SwinConfig)
 
@@ -1017,10 +1017,24 @@ def test_stages_of_the_build_begin_alike_and_need_a_place_to_write(tmp_path, mon
     assert len(drawn) == 2
     monkeypatch.setattr(build, "HERE", tmp_path)
     assert "vae: is missing; run its stage first" in refusal(lambda: build.read(AutoencoderKL, "vae"), 1)
-    shutil.copytree(f"{EMOJI}/vae", tmp_path / "vae")
-    before = json.loads((tmp_path / "vae" / "config.json").read_text())
-    build.write(build.read(AutoencoderKL, "vae"), "vae")  # no path of this machine in it
-    assert json.loads((tmp_path / "vae" / "config.json").read_text()) == before
+    for kind, name in ((AutoencoderKL, "vae"), (CLIPModel, "clip")):
+        config = Path(shutil.copytree(f"{EMOJI}/{name}", tmp_path / name), "config.json")
+        build.write(build.read(kind, name), name)  # in bf16, to be loaded as fp32; no path of this machine
+        assert "bfloat16" not in config.read_text() and str(tmp_path) not in config.read_text()
+
+
+def test_muon_of_the_build_is_torchs_but_in_float32():
+    rng = torch.Generator().manual_seed(0)
+    for shape in ((64, 128), (128, 64)):
+        mine, other = (torch.nn.Parameter(torch.ones(shape)) for _ in range(2))
+        ours = build.Muon([mine], dict(lr=1e-2))
+        theirs = torch.optim.Muon([other], 1e-2, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+        for _ in range(3):
+            mine.grad = torch.randn(shape, generator=rng)
+            other.grad = mine.grad.clone()
+            for optimizer in (ours, theirs):
+                optimizer.step()
+        assert (mine - other).abs().max() < 0.02 * (mine - 1).abs().max()  # its products are in bf16
 
 
 def test_readme_that_is_not_our_model_card_is_not_overwritten(tmp_path):
