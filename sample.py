@@ -455,7 +455,7 @@ def check_model(args):
         weights = fingerprint(paths + sorted(folder.glob("*.pth"))) if here else folder.name  # the commit
     else:
         try:
-            info = HfApi().model_info(model, files_metadata=True, timeout=5)
+            info = HfApi().model_info(model, files_metadata=True, timeout=4)
             HfApi().auth_check(model)
             config = Path(hf_hub_download(model, "vae/config.json"))
             index = Path(hf_hub_download(model, "model_index.json"))
