@@ -217,6 +217,12 @@ def test_frechet_interval_covers_the_closed_form_and_feels_that_pictures_are_pai
     assert paired["high"] - paired["low"] < np.mean(widths) / 10
     same = metrics.frechet_summary(a, a)
     assert (same["low"], same["high"]) == (pytest.approx(0, abs=1e-12),) * 2
+    assert all(metrics.frechet_distance(x, x) == 0 for x in rng.standard_normal((20, 9, 30)))  # not nearly
+    b = 2 * rng.standard_normal((n, 2)) + 3
+    left = [metrics.frechet_distance(*(np.delete(x, range(k, n, 10), 0) for x in (a, b))) for k in range(10)]
+    half = 2.262 * (0.9 * np.square(left - np.mean(left)).sum()) ** 0.5  # the delete-a-group jackknife
+    found = metrics.frechet_summary(a, b)
+    assert [found["value"] - half, found["value"] + half] == pytest.approx([found["low"], found["high"]])
     assert metrics.frechet_summary(a[:19], a)["low"] is None is metrics.frechet_summary(a[:19], a)["high"]
     assert metrics.frechet_summary(a[:20], a)["high"] > 0 == metrics.frechet_distance(a[:2], a[:2])
 
@@ -1175,10 +1181,14 @@ def test_report_curve_rises_and_heat_grows():
     points = re.search(r'points="([^"]+)"', page.chart("dS", [0.0, 300.0], [0, 2], 0, 2))
     assert points[1] == "44.0,130.0 324.0,20.0"
     assert ">0<" in page.chart("dS", [0.0, 300.0], [0, 2], 0, 2) and ">step 300<" in points.string
-    heat = dict(row="r", when="w", network="j", seed=0, n=[4], asked=["a"], named=["a"], percent=[[25]])
+    later = page.chart("dS", [100.0, 400.0], [0, 2], 0, 2)  # of a log that begins at another step
+    assert points[0] in later and ">100<" in later
+    heat = dict(row="r", when="w", network="j", seed=0, n=[4], asked=["a"], named=["a", "b"],
+                percent=[[25, None]])
     low, high = metrics.wilson(1, 4)
     ends = f'title="95 % interval {low:.0f} to {high:.0f}"'
     assert f'style="--v: 0.25" {ends}>25<' in page.heat_html(heat) and "n = 4" in page.heat_html(heat)
+    assert "<td>–</td>" in page.heat_html(heat)  # None of them could be read
 
 
 # --------------------------------------------------------------------------------------------- what is marked
@@ -1283,13 +1293,15 @@ def test_report_identity_shows_exactly_zero(tmp_path):
     assert Page(written(made, tmp_path)).texts("td")[1].startswith("+0.0[0.0, 0.0]within")
 
 
-@pytest.mark.parametrize("half, said", [(3.0, "12.3"), (30.0, "12"), (0.03, "12.346"), (0, "12.3")])
+@pytest.mark.parametrize("half, said", [
+    (3.0, "12.3"), (30.0, "12"), (0.03, "12.346"), (3e-7, "12.3456"), (0, "12.3")])
 def test_report_as_many_digits_as_the_interval_bears(half, said):
     one = cell("s", "a", "c", 0, 12.3456, half=half) | dict(before=None)
     wide = cell("s", "a", "c", 0, 12.3456, half=500.0)
     assert page.number(12.3456, page.decimals([one])) == said
     assert half == 0 or page.decimals([wide, one]) == page.decimals([one])
     assert page.decimals([cell("s", "a", "c", 0, 12.0, half=half, unit="images")]) == 0
+    assert page.decimals([one | dict(after=None, unit="%")]) == 1  # no figure at all
 
 
 def test_report_compare_prints_the_paired_differences(tmp_path):
@@ -1324,6 +1336,12 @@ def test_report_sentence_is_about_the_total_and_of_what_falls(tmp_path):
     assert parsed.texts("p")[0] == ("Table 4: Total 20 → 3 images; of what should stay, 1 of 3 figures "
                                     "fall beyond seed noise (a: PickScore).")
     assert sum("the paper: 57.33 → 0" in t for t in parsed.texts("td")) == 1
+    for lost in (0, 3, 4):
+        made["cells"] = [cell("table4", "a", f"C{i}", 50.5, 40.5 if i < lost else 59.5) for i in range(5)]
+        names = "a: C0; a: C1; a: C2"
+        assert page.sentence(made | dict(compare=False), "table4") == (
+            f"Table 4: of what should stay, {lost} of 5 figures fall beyond seed noise" +
+            f" ({names})" * (lost == 3) + ".")
 
 
 def test_report_nan_is_never_written(tmp_path):
