@@ -157,7 +157,8 @@ def fit(stage, model, loss_of, steps, args, lr, ema=0.999, save=None):
             loss = loss_of(model, np.random.default_rng([args.seed, step]))
         loss.backward()
         if not torch.isfinite(loss):
-            die(f"{stage}: the loss is {loss.item()} at step {step}; {path} is the last good state", 1)
+            die(f"{stage}: the loss is {loss.item()} at step {step}" +
+                f"; {path} is the last good state" * path.exists(), 1)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = lr * min((step + 1) / 200, 1.0) * max(1 - step / steps, 0.01)
