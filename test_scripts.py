@@ -1006,15 +1006,16 @@ def test_flow_trained_further_drops_what_was_distilled_from_it(tmp_path, monkeyp
 
 
 def test_stages_of_the_build_begin_alike_and_need_a_place_to_write(tmp_path, monkeypatch):
-    drawn = []
+    drawn, work = [], tmp_path / "work"
     stages = dict.fromkeys("ab", lambda _: drawn.append(torch.rand(3).tolist()))
     monkeypatch.setattr(build, "STAGES", stages)
-    args = Namespace(work=tmp_path, seed=3, stages=["a", "b"])
+    args = Namespace(work=work, seed=3, stages=["a", "b"])
     build.main(args)
+    work.rmdir()
     assert drawn[0] == drawn[1] == torch.rand(3, generator=torch.Generator().manual_seed(3)).tolist()
     monkeypatch.setattr(build.os, "access", lambda path, _: path != build.HERE)
     assert f"{build.HERE}: cannot be written to" in refusal(lambda: build.main(args))
-    assert len(drawn) == 2
+    assert len(drawn) == 2 and not work.exists()
     monkeypatch.setattr(build, "HERE", tmp_path)
     assert "vae: is missing; run its stage first" in refusal(lambda: build.read(AutoencoderKL, "vae"), 1)
     for kind, name in ((AutoencoderKL, "vae"), (CLIPModel, "clip")):

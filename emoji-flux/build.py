@@ -172,10 +172,10 @@ def fit(stage, model, loss_of, steps, args, lr, ema=0.999, save=None):
         bar.set_postfix_str(f"loss {running:.4f}")
         if time.time() - saved > 180 or step + 1 == steps:
             saved = time.time()
+            if save:  # first: once the checkpoint is complete, nothing calls it again
+                save(average)
             with atomic(path) as half:
                 torch.save((step + 1, [part.state_dict() for part in kept], mine), half)
-            if save:
-                save(average)
     return average
 
 PACKAGES = {  # family -> npm package, and where the picture of a code point lies in it
@@ -611,9 +611,9 @@ STAGES = dict(art=build_art, words=lambda args: make_tokenizers(), vae=train_vae
 
 def main(args):
     check_folder("work", args.work)
-    args.work.mkdir(parents=True, exist_ok=True)
     if args.stages != ["report"] and not os.access(HERE, os.W_OK):
         die(f"{HERE}: cannot be written to, and is where the weights go")
+    args.work.mkdir(parents=True, exist_ok=True)
     args.bf16 = bf16_is_fast()
     for stage in args.stages:
         torch.manual_seed(args.seed)  # of the first weights: the same whatever ran before
