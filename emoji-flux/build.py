@@ -107,10 +107,10 @@ class Muon(torch.optim.Optimizer):
         lr = self.param_groups[0]["lr"]
         for p in self.param_groups[0]["params"]:
             momentum = self.state[p].setdefault("momentum", torch.zeros_like(p)).lerp_(p.grad, 0.05)
-            x = p.grad.lerp(momentum, 0.95)
-            x = (x.mT if len(p) > p.shape[1] else x) / x.norm().clamp(min=1e-7)
+            x = p.grad.lerp(momentum, 0.95)  # as p
+            x = (x.mT if len(p) > p.shape[1] else x) / x.norm().clamp(min=1e-7)  # (N, M), N <= M
             for _ in range(5):  # Newton-Schulz: every singular value towards 1
-                gram = x @ x.mT
+                gram = x @ x.mT  # (N, N)
                 x = 3.4445 * x + (2.0315 * gram @ gram - 4.7750 * gram) @ x
             x = x.mT if len(p) > p.shape[1] else x
             p.mul_(1 - 0.01 * lr).sub_(x, alpha=lr * 0.2 * max(p.shape) ** 0.5)
@@ -148,7 +148,7 @@ def fit(stage, model, loss_of, steps, args, lr, ema=0.999, save=None):
             die(f"{path}: was made with --go-on {made[0]}, --seed {made[1]} and {made[2]} steps, or another "
                 "sprites.png, world.py, prompts/ or VAE: delete it, or give another --work", 1)
         if start == steps:
-            print(f"{path}: is complete, so that nothing is trained; delete it to train anew")
+            print(f"{path}: is complete: its weights are written, none are trained; delete it to train anew")
     model.train()
     bar = tqdm(range(start, steps), initial=start, total=steps, desc=stage, mininterval=5)
     for step in bar:
@@ -485,7 +485,8 @@ def noisy_scenes(data, rng, batch):
 def flow_loss(flow, rng, data, batch=32):
     """Rectified flow matching. The guidance input is drawn at random: stage guide gives it a meaning."""
     said, noisy, sigma, velocity = noisy_scenes(data, rng, batch)
-    return F.mse_loss(flow(noisy, said, sigma, 1 + 4 * torch.rand(batch)).float(), velocity)
+    guidance = 1 + 4 * torch.rand(batch)  # (B,)
+    return F.mse_loss(flow(noisy, said, sigma, guidance).float(), velocity)
 
 def guide_loss(flow, rng, data, teacher, batch=16):
     """Distil the teacher's u + g (c - u), of its own conditional c and unconditional u, into the guidance
@@ -494,10 +495,11 @@ def guide_loss(flow, rng, data, teacher, batch=16):
     said, noisy, sigma, _ = noisy_scenes(data, rng, batch)
     noisy, sigma = noisy.repeat(2, 1, 1), sigma.repeat(2)  # (2B, 64, 64), (2B,)
     with torch.no_grad():
-        cond, uncond = teacher(noisy, said + [""] * batch, sigma, torch.ones(2 * batch)).float().chunk(2)
+        both = teacher(noisy, said + [""] * batch, sigma, torch.ones(2 * batch))  # (2B, 64, 64)
+    cond, uncond = (v.repeat(2, 1, 1) for v in both.float().chunk(2))  # (2B, 64, 64) each
     guidance = 1 + 4 * torch.rand(2 * batch)  # (2B,)
     guidance[:batch:4] = 1  # which training asks for
-    target = uncond.repeat(2, 1, 1) + guidance[:, None, None] * (cond - uncond).repeat(2, 1, 1)
+    target = uncond + guidance[:, None, None] * (cond - uncond)  # (2B, 64, 64)
     return F.mse_loss(flow(noisy, said * 2, sigma, guidance).float(), target)
 
 def save_flow(flow):
@@ -530,7 +532,8 @@ def train_flow(args, stage="flow"):
 def report_networks(rng, n=2000):
     """VAE, judge, detector and SAM on n drawn scenes -> rows of the table."""
     scenes = [world.draw(rng) for _ in range(n)]
-    x, vae = to_tensor([s["image"] for s in scenes]), read(AutoencoderKL, "vae")  # (n, 3, 64, 64)
+    x = to_tensor([s["image"] for s in scenes])  # (n, 3, 64, 64)
+    vae = read(AutoencoderKL, "vae")
     with torch.no_grad():
         y = torch.cat([vae.decode(vae.encode(b).latent_dist.mode()).sample for b in x.split(100)])
     y = y.clamp(-1, 1)  # (n, 3, 64, 64)
@@ -585,7 +588,7 @@ def report_pipeline(rng, n, dtype):
             images += pipe(batch, num_inference_steps=28, guidance_scale=3.5, height=64, width=64,
                            generator=noise, max_sequence_length=pipe.tokenizer_2.model_max_length).images
         yes, truth = judged(images), np.stack([answers(s) for s in scenes]) > 0  # (N, 69) each
-        style = np.array([s["style"] for s in scenes])
+        style = np.array([s["style"] for s in scenes])  # (N,)
         return yes[IS_THING][truth[IS_THING]].reshape(len(scenes), -1), yes[IS_STYLE][truth[IS_STYLE]], style
 
     things, style_yes, style = said_yes([[name] for name in world.NAMES for _ in range(n)])
@@ -600,7 +603,8 @@ def report_pipeline(rng, n, dtype):
 
 def report(args):
     """The quality table of README.md, on scenes and prompts drawn with seeds that no training saw."""
-    rng, dtype = np.random.default_rng(10**9 + args.seed), torch.bfloat16 if args.bf16 else torch.float32
+    rng = np.random.default_rng(10**9 + args.seed)
+    dtype = torch.bfloat16 if args.bf16 else torch.float32  # of the pipeline alone
     print("| what | measured | bar | n |\n|---|---|---|---|")
     for cells in report_networks(rng) + report_pipeline(rng, args.n, dtype):
         print("| " + " | ".join(map(str, cells)) + " |")
